@@ -1,0 +1,1 @@
+"""FOLDER <-> MODEL. Safetensors, pickles, GGUF and the hubs; nothing in a folder is executed."""

@@ -1,0 +1,85 @@
+"""MACHINE -> FACTS. Device, dtype, memory, seeds, and every environment variable we read."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xverse.errors import XverseError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def env(name: str, default: str = "") -> str:
+    """Value of the environment variable `name`; an empty value counts as unset."""
+    return os.environ.get(name) or default
+
+
+def env_flag(name: str) -> bool:
+    """Whether `name` is set to something that means yes: 1, true, yes, on."""
+    return env(name).strip().lower() in {"1", "true", "yes", "on"}
+
+
+def data_home() -> Path:
+    """Where models that we download or make are kept: $XVERSE_HOME or ~/.local/share/xverse."""
+    chosen = env("XVERSE_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(env("XDG_DATA_HOME", "~/.local/share")).expanduser() / "xverse"
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device `name` ("cpu", "cuda", "cuda:1"), or without a name the best one there is.
+
+    Raises XverseError where the device named is not on this machine.
+    """
+    import torch
+
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise XverseError(
+            f"There is no device called {name!r}.",
+            str(error).splitlines()[0],
+            'Use "cpu", "cuda" or "cuda:N".',
+        ) from error
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in {"cpu", "cuda"} or (device.index or 0) >= present:
+        raise XverseError(
+            f"The device {name!r} is not on this machine.",
+            f"PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
+            "Run `xverse doctor` to see what there is, or leave the device out.",
+        )
+    return device
+
+
+def pick_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The torch dtype called `name`; "auto" is bfloat16 wherever the device computes in it."""
+    import torch
+
+    if name == "auto":
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            return torch.float16
+        return torch.bfloat16
+    if name not in DTYPES:
+        raise XverseError(
+            f"The dtype {name!r} is not one that models run in.",
+            "Weights are computed in 16 or 32 bit floating point.",
+            f"Use one of: auto, {', '.join(DTYPES)}.",
+        )
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def total_memory(device: "torch.device") -> int:
+    """Bytes of memory that `device` has in all: of the card, or of the machine for the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,1 @@
+"""REQUESTS -> TOKENS. Sampling, decoding and the LLM class."""

@@ -1,0 +1,1 @@
+"""OTHER LIBRARIES -> US. Adapters for the libraries that XVERSE users already call."""

@@ -1,0 +1,1 @@
+"""THE ARITHMETIC. Every operation of the models, in plain PyTorch first."""

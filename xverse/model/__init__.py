@@ -1,0 +1,1 @@
+"""IDS -> LOGITS. The one decoder, dense and mixture of experts."""

@@ -1,0 +1,1 @@
+"""MODEL -> SMALLER. Quantized linear layers, put into a model from outside."""

@@ -1,0 +1,1 @@
+"""TEXT <-> IDS. Tokenizer, chat prompts, function calls, streams of text."""

@@ -1,0 +1,1 @@
+"""WHAT A PERSON CAN ASK. One file, one config dataclass, one run(config)."""
