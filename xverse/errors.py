@@ -1,4 +1,4 @@
-"""MISTAKES -> WORDS. The one exception that a user can cause: what happened, why, how to mend it."""
+"""MISTAKES -> WORDS. The one exception a user can cause: what happened, why, how to mend it."""
 
 
 class XverseError(Exception):

@@ -1,0 +1,131 @@
+"""THE KV DOOR. Where attention leaves its keys and values and gets back what they mixed to.
+
+A decoder runs over a flat row of tokens. Which sequence each belongs to, and what that sequence
+has seen before, is known only here: `Packed` for whole documents in a row (training, scoring),
+`Growing` for simple decoding.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xverse.kernels.attend import attend_batch, attend_sequence
+from xverse.model.shape import ModelShape
+
+
+class KV(Protocol):
+    """What attention asks for."""
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        """Keep k and v of the new tokens, and mix what each q may see. -> [T, H, E]."""
+        ...
+
+    def lengths(self) -> Tensor:
+        """For each new token, how many tokens its sequence holds by now: [T] int64."""
+        ...
+
+
+class Packed:
+    """Documents one after another in one row, none of which sees another; nothing is kept."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        assert all(length > 0 for length in lengths), "a document has at least one token"
+        self.documents = list(lengths)
+        self.device = device
+
+    def positions(self) -> Tensor:
+        """Place of each token in its document, [T] int64."""
+        return torch.cat([torch.arange(n, device=self.device) for n in self.documents])
+
+    def lengths(self) -> Tensor:
+        counts = torch.tensor(self.documents, device=self.device)
+        return counts.repeat_interleave(counts)
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        parts = (x.split(self.documents) for x in (q_THE, k_TKE, v_TKE))
+        return torch.cat(
+            [
+                attend_sequence(q, k.transpose(0, 1), v.transpose(0, 1))
+                for q, k, v in zip(*parts, strict=True)
+            ]
+        )
+
+
+class Growing:
+    """One slab of memory for each of a few sequences, filled from the front.
+
+    Call `extend` with how many new tokens each sequence brings, run the decoder over them in that
+    order, and again. Sequences may bring different numbers of tokens, none included.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        sequences: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        size = (sequences, shape.num_key_value_heads, capacity, shape.head_dim)
+        self.keys = [
+            torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_hidden_layers)
+        ]
+        self.values = [torch.empty_like(key) for key in self.keys]
+        self.device = torch.device(device)
+        self.capacity = capacity
+        self.held = [0] * sequences  # tokens each sequence holds
+        self.new = [0] * sequences  # of which this many came with the latest `extend`
+        self._rows: Tensor | None = None  # the sequences that bring one token each in this step
+        self._mask_BS: Tensor | None = None
+
+    def extend(self, counts: Sequence[int]) -> Tensor:
+        """Make room for `counts` new tokens; returns their positions, [T] int64."""
+        assert len(counts) == len(self.held), "a count for every sequence, 0 for one that rests"
+        starts = self.held
+        self.held = [start + count for start, count in zip(starts, counts, strict=True)]
+        assert max(self.held) <= self.capacity, "the sequences outgrow their memory"
+        self.new = list(counts)
+        one_each = len(counts) > 1 and all(count <= 1 for count in counts)
+        self._rows = self._mask_BS = None
+        if one_each:
+            rows = [row for row, count in enumerate(counts) if count]
+            self._rows = torch.tensor(rows, device=self.device)
+            held = torch.tensor([self.held[row] for row in rows], device=self.device)
+            self._last = held - 1
+            self._mask_BS = torch.arange(int(held.max()), device=self.device) < held[:, None]
+            return self._last
+        return torch.cat(
+            [
+                torch.arange(start, start + count, device=self.device)
+                for start, count in zip(starts, counts, strict=True)
+            ]
+        )
+
+    def lengths(self) -> Tensor:
+        held = torch.tensor(self.held, device=self.device)
+        return held.repeat_interleave(torch.tensor(self.new, device=self.device))
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]
+        if self._rows is not None:
+            assert self._mask_BS is not None
+            rows, seen = self._rows, self._mask_BS.shape[1]
+            keys[rows, :, self._last] = k_TKE
+            values[rows, :, self._last] = v_TKE
+            everyone = len(rows) == len(self.held)
+            k_BKSE = (keys if everyone else keys[rows])[:, :, :seen]
+            v_BKSE = (values if everyone else values[rows])[:, :, :seen]
+            return attend_batch(q_THE, k_BKSE, v_BKSE, self._mask_BS)
+        mixed, start = [], 0
+        for row, (held, count) in enumerate(zip(self.held, self.new, strict=True)):
+            if not count:
+                continue
+            new = slice(start, start + count)
+            keys[row, :, held - count : held] = k_TKE[new].transpose(0, 1)
+            values[row, :, held - count : held] = v_TKE[new].transpose(0, 1)
+            mixed.append(attend_sequence(q_THE[new], keys[row, :, :held], values[row, :, :held]))
+            start += count
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

@@ -1,0 +1,101 @@
+"""IDS -> LOGITS. The decoder: embedding, blocks, norm, head; the same one trains and serves."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xverse.kernels import multiply
+from xverse.model import rope
+from xverse.model.attention import Attention
+from xverse.model.cache import KV
+from xverse.model.feedforward import FeedForward, MixtureOfExperts
+from xverse.model.linear import Linear
+from xverse.model.norm import RMSNorm
+from xverse.model.shape import ModelShape
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on the normalized stream and added back to it."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        eps, in_fp32 = shape.rms_norm_eps, shape.norm_weight_in_fp32
+        self.input_layernorm = RMSNorm(shape.hidden_size, eps, weight_in_fp32=in_fp32)
+        self.self_attn = Attention(shape, layer)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps, weight_in_fp32=in_fp32)
+        self.mlp = (
+            MixtureOfExperts(shape)
+            if shape.num_experts
+            else FeedForward(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        )
+
+    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TE, sin_TE, kv)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Stack(nn.Module):
+    """Everything up to the head; named `model` on disk."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Block(shape, i) for i in range(shape.num_hidden_layers))
+        self.norm = RMSNorm(
+            shape.hidden_size, shape.rms_norm_eps, weight_in_fp32=shape.norm_weight_in_fp32
+        )
+
+
+class Decoder(nn.Module):
+    """An XVERSE or Llama model. Parameter names are those of the published checkpoints.
+
+    A decoder runs over a flat row of T tokens; the KV door knows which sequences they belong to.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Stack(shape)
+        self.lm_head = (
+            None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
+        )
+
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [T, V] of ids [T] at positions [T]; with `rows` [R] only theirs, [R, V]."""
+        x_TD = self.hidden(ids_T, positions_T, kv)
+        return self.logits(x_TD if rows is None else x_TD[rows])
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, kv: KV) -> Tensor:
+        """Normalized hidden states [T, D], from which `logits` follow."""
+        stack = self.model
+        x_TD = functional.embedding(ids_T, stack.embed_tokens.weight)
+        dynamic = self.shape.rope_scaling is not None and (
+            self.shape.rope_scaling.rope_type == "dynamic"
+        )
+        lengths = kv.lengths() if dynamic else None
+        cos_TE, sin_TE = rope.tables(self.shape, positions_T, lengths, x_TD.dtype)
+        for block in stack.layers:
+            x_TD = block(x_TD, cos_TE, sin_TE, kv)
+        normed: Tensor = stack.norm(x_TD)
+        return normed
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Scores of every vocabulary entry, [T, V], in x's dtype."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return multiply.linear(x_TD, head.weight)
+
+
+@torch.no_grad()
+def initialize(decoder: Decoder, *, std: float = 0.02, seed: int = 0) -> Decoder:
+    """Fresh weights: normal with `std` (published: 0.02), norms one, biases zero."""
+    generator = torch.Generator(decoder.model.norm.weight.device).manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, std, generator=generator)
+    return decoder
