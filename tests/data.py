@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shared_data(name: str) -> Path:
-    """Path of the data file or folder `name`; the test is skipped, saying so, where it is absent."""
+    """Path of the data file or folder `name`; the test is skipped where it is absent."""
     folder = Path(os.environ.get("XVERSE_DATA", ROOT.parent / "shared" / "data"))
     path = folder / name
     if not path.exists():

@@ -79,7 +79,7 @@ def full(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 def stepwise(decoder: Decoder, ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor:
-    kv = Growing(decoder.shape, 1, len(ids), dtype=dtype)
+    kv = Growing(decoder.shape, 1, dtype=dtype)
     parts = [decoder(ids[:prompt], kv.extend([prompt]), kv)]
     parts += [decoder(ids[i : i + 1], kv.extend([1]), kv) for i in range(prompt, len(ids))]
     return torch.cat(parts)
@@ -154,6 +154,31 @@ def test_moe_decodes_stepwise_as_it_reads() -> None:
     )
 
 
+def test_slabs_grow_without_losing_anything() -> None:
+    config = BASE | {"num_hidden_layers": 2, "max_position_embeddings": 512}
+    decoder = initialize(Decoder(ModelShape.from_config(config)), std=0.1).requires_grad_(False)
+    ids = random_ids(300)
+    kv = Growing(decoder.shape, 1, dtype=torch.float32)
+    decoder(ids[:10], kv.extend([10]), kv)
+    first = kv.capacity
+    got = [decoder(ids[i : i + 1], kv.extend([1]), kv) for i in range(10, 300)]
+    assert kv.capacity > first
+    assert torch.allclose(torch.cat(got), full(decoder, ids)[10:], atol=1e-4)
+
+
+def test_what_the_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short sequence beside a long one reads masked places of its slab."""
+    decoder = initialize(Decoder(ModelShape.from_config(BASE)), std=0.1).requires_grad_(False)
+
+    def dirty(slab: Tensor, *size: int) -> Tensor:
+        return torch.full(size, float("nan"), dtype=slab.dtype)
+
+    monkeypatch.setattr(Tensor, "new_empty", dirty)
+    kv = Growing(decoder.shape, 2, dtype=torch.float32)
+    decoder(random_ids(12), kv.extend([10, 2]), kv)
+    assert decoder(random_ids(2), kv.extend([1, 1]), kv).isfinite().all()
+
+
 def test_packed_documents_do_not_see_each_other() -> None:
     decoder = initialize(Decoder(ModelShape.from_config(BASE)), std=0.1).requires_grad_(False)
     ids = random_ids(30)
@@ -170,7 +195,7 @@ def test_sequences_of_different_length_grow_side_by_side() -> None:
         decoder.requires_grad_(False)
         texts = [random_ids(n, seed=n) for n in (30, 12, 21)]
         plan = [[5, 1, 9], [1, 1, 1], [0, 1, 1], [7, 0, 2], [1, 0, 0], [1, 1, 1], [2, 3, 0]]
-        kv = Growing(decoder.shape, 3, 30, dtype=torch.float32)
+        kv = Growing(decoder.shape, 3, dtype=torch.float32)
         seen = [0, 0, 0]
         for counts in plan:
             chunk = [t[s : s + n] for t, s, n in zip(texts, seen, counts, strict=True)]

@@ -14,6 +14,8 @@ from torch import Tensor
 from xverse.kernels.attend import attend_batch, attend_sequence
 from xverse.model.shape import ModelShape
 
+ROOM = 128  # tokens that the first slab has room for beyond the prompt
+
 
 class KV(Protocol):
     """What attention asks for."""
@@ -54,7 +56,7 @@ class Packed:
 
 
 class Growing:
-    """One slab of memory for each of a few sequences, filled from the front.
+    """One slab of memory for each of a few sequences, filled from the front, doubled when full.
 
     Call `extend` with how many new tokens each sequence brings, run the decoder over them in that
     order, and again. Sequences may bring different numbers of tokens, none included.
@@ -64,18 +66,17 @@ class Growing:
         self,
         shape: ModelShape,
         sequences: int,
-        capacity: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        size = (sequences, shape.num_key_value_heads, capacity, shape.head_dim)
+        size = (sequences, shape.num_key_value_heads, 0, shape.head_dim)
         self.keys = [
             torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_hidden_layers)
         ]
         self.values = [torch.empty_like(key) for key in self.keys]
         self.device = torch.device(device)
-        self.capacity = capacity
+        self.capacity = 0
         self.held = [0] * sequences  # tokens each sequence holds
         self.new = [0] * sequences  # of which this many came with the latest `extend`
         self._rows: Tensor | None = None  # the sequences that bring one token each in this step
@@ -86,7 +87,8 @@ class Growing:
         assert len(counts) == len(self.held), "a count for every sequence, 0 for one that rests"
         starts = self.held
         self.held = [start + count for start, count in zip(starts, counts, strict=True)]
-        assert max(self.held) <= self.capacity, "the sequences outgrow their memory"
+        if max(self.held) > self.capacity:
+            self._reserve(max(2 * self.capacity, max(self.held) + ROOM))
         self.new = list(counts)
         one_each = len(counts) > 1 and all(count <= 1 for count in counts)
         self._rows = self._mask_BS = None
@@ -129,3 +131,15 @@ class Growing:
             mixed.append(attend_sequence(q_THE[new], keys[row, :, :held], values[row, :, :held]))
             start += count
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _reserve(self, capacity: int) -> None:
+        """Move everything to larger slabs, one layer after another.
+
+        Zeros, since what a mask hides is still multiplied, and memory as found may hold NaN.
+        """
+        for slabs in (self.keys, self.values):
+            for layer, slab in enumerate(slabs):
+                sequences, heads, _, size = slab.shape
+                slabs[layer] = slab.new_zeros(sequences, heads, capacity, size)
+                slabs[layer][:, :, : self.capacity] = slab
+        self.capacity = capacity

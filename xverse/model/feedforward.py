@@ -47,7 +47,7 @@ class MixtureOfExperts(nn.Module):
         self.top_k = shape.moe_top_k
         self.router = Linear(hidden, shape.num_experts)
         self.experts = Experts(shape.num_experts, hidden, width)
-        self.shared_experts = (
+        self.shared_experts: nn.Module | None = (
             FeedForward(hidden, width * shape.num_shared_experts)
             if shape.num_shared_experts
             else None

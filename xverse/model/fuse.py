@@ -7,8 +7,7 @@ from xverse.kernels.reference import rotate, swiglu
 from xverse.model.attention import Attention
 from xverse.model.cache import KV
 from xverse.model.decoder import Decoder
-from xverse.model.feedforward import FeedForward
-from xverse.model.linear import Linear
+from xverse.model.feedforward import FeedForward, MixtureOfExperts
 
 
 class FusedAttention(nn.Module):
@@ -18,7 +17,8 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = attention.layer, attention.head_dim
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
-        self.qkv_proj = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        q_proj, k_proj, v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv_proj = q_proj.join(q_proj, k_proj, v_proj)
         self.o_proj = attention.o_proj
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
@@ -33,7 +33,8 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, feedforward: FeedForward) -> None:
         super().__init__()
-        self.gate_up_proj = _join(feedforward.gate_proj, feedforward.up_proj)
+        gate_proj, up_proj = feedforward.gate_proj, feedforward.up_proj
+        self.gate_up_proj = gate_proj.join(gate_proj, up_proj)
         self.down_proj = feedforward.down_proj
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -52,13 +53,8 @@ def fuse(decoder: Decoder) -> Decoder:
             block.self_attn = FusedAttention(block.self_attn)
         if isinstance(block.mlp, FeedForward):
             block.mlp = FusedFeedForward(block.mlp)
+        elif isinstance(block.mlp, MixtureOfExperts):
+            shared = block.mlp.shared_experts
+            if isinstance(shared, FeedForward):
+                block.mlp.shared_experts = FusedFeedForward(shared)
     return decoder
-
-
-def _join(*parts: Linear) -> Linear:
-    joined = Linear.__new__(Linear)
-    nn.Module.__init__(joined)
-    joined.weight = nn.Parameter(torch.cat(tuple(part.weight for part in parts)), requires_grad=False)
-    biases = [part.bias for part in parts if part.bias is not None]
-    joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return joined

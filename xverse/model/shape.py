@@ -149,6 +149,13 @@ class ModelShape:
         return self.model_type == "xverse" and not self.num_experts
 
     @property
+    def context_length(self) -> int:
+        """How many tokens a sequence may have: what was trained, times linear or NTK scaling."""
+        scaling = self.rope_scaling
+        stretch = scaling.factor if scaling and scaling.rope_type != "llama3" else 1.0
+        return int(self.max_position_embeddings * stretch)
+
+    @property
     def num_parameters(self) -> int:
         """All weights, counted once where the head is tied to the embedding."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -172,6 +179,15 @@ class ModelShape:
         hidden, width = self.hidden_size, self.intermediate_size
         ffn = 3 * hidden * width * ((self.num_experts + self.num_shared_experts) or 1)
         return self.num_hidden_layers * (self._attention() + ffn)
+
+    @property
+    def num_linear_rows(self) -> int:
+        """Output rows of those layers: how many scales a scheme with one a row needs."""
+        heads = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        routed = self.num_experts * (2 * self.intermediate_size + self.hidden_size)
+        width = self.intermediate_size * (self.num_shared_experts if self.num_experts else 1)
+        always = 2 * width + self.hidden_size if width else 0
+        return self.num_hidden_layers * (heads + self.hidden_size + routed + always)
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes of keys and values that one token leaves behind in all layers."""

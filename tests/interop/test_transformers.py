@@ -1,0 +1,585 @@
+"""The published snippets on transformers 5, with one line added."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.text.tiny import write_tiny_tokenizer
+from tests.tiny_model import published_config, write_published_folder
+from xverse.checkpoint.load import load
+from xverse.engine.request import Sampling
+from xverse.engine.simple import decode
+from xverse.errors import XverseError
+from xverse.model.cache import Packed
+from xverse.model.decoder import Decoder
+from xverse.quant.quantize import quantize
+from xverse.text.chat import V2, V3, chat_format, prompt_budget
+from xverse.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+import xverse.interop.transformers  # noqa: E402
+from xverse.interop.transformers import XverseForCausalLM, XverseTokenizerFast, auto  # noqa: E402
+from xverse.interop.transformers import load as interop_load  # noqa: E402
+from xverse.interop.transformers.chat import prompt_ids, text_tokenizer  # noqa: E402
+
+HISTORY = [
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "您好！"},
+    {"role": "user", "content": "The weather in 中国?"},
+]
+GREEDY = GenerationConfig(max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
+PROMPTS = ["北京的天气", "hello, I am", "今"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense and a mixture-of-experts folder as published."""
+    home = tmp_path_factory.mktemp("published")
+    for kind in ("dense", "moe"):
+        write_published_folder(home / kind, moe=kind == "moe")
+    return {kind: home / kind for kind in ("dense", "moe")}
+
+
+@pytest.fixture(params=["dense", "moe"])
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def load_pair(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[XverseForCausalLM, XverseTokenizerFast]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    assert isinstance(model, XverseForCausalLM)
+    assert isinstance(tokenizer, XverseTokenizerFast)
+    return model, tokenizer
+
+
+def full_logits(decoder: Decoder, ids_BT: Tensor) -> Tensor:
+    kv = Packed([ids_BT.shape[1]] * len(ids_BT))
+    return decoder(ids_BT.flatten(), kv.positions(), kv).unflatten(0, ids_BT.shape)
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(6, 400, shape, generator=torch.Generator().manual_seed(0))
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(
+        theirs[name].dtype == ours[name].dtype and torch.equal(theirs[name], ours[name])
+        for name in ours
+    )
+
+
+def test_the_readme_snippets(folder: Path) -> None:
+    path, before = str(folder), digest(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, torch_dtype=torch.bfloat16, trust_remote_code=True, device_map="auto"
+    )
+    model.generation_config = GenerationConfig.from_pretrained(path)
+    model = model.eval()
+    history = [{"role": "user", "content": "1955年谁是美国总统？他是什么党派？"}]
+    response = model.chat(tokenizer, history)
+    assert isinstance(response, str)
+    assert response
+    history.append({"role": "assistant", "content": response})
+    history.append({"role": "user", "content": "他任职了多少年"})
+    assert model.chat(tokenizer, history)
+
+    inputs = tokenizer("北京的景点：故宫、天坛", return_tensors="pt").input_ids
+    inputs = inputs.to(model.device)
+    generated_ids = model.generate(
+        inputs, max_new_tokens=16, eos_token_id=tokenizer.eos_token_id, repetition_penalty=1.1
+    )
+    (text,) = tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
+    assert text.startswith("北京的景点：故宫、天坛")
+    assert model.dtype == torch.bfloat16
+    assert digest(folder) == before
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_quantize_snippet(folder: Path, bits: int) -> None:
+    model, tokenizer = load_pair(folder, torch.bfloat16)
+    assert model.quantize(bits) is model
+    expected = quantize(load(folder).decoder, bits)
+    assert same_state(model.decoder, expected)
+    assert isinstance(model.eval().chat(tokenizer, HISTORY), str)
+    with pytest.raises(XverseError, match="quantized already"):
+        model.quantize(bits)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 16, True, "8", None])
+def test_other_widths_are_refused_by_name(folders: dict[str, Path], bits: object) -> None:
+    model, _ = load_pair(folders["dense"])
+    with pytest.raises(ValueError, match="8 or 4 bits"):
+        model.quantize(bits)  # type: ignore[arg-type]
+
+
+class TestTokenizer:
+    def test_ids_are_ours(self, folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, padding_side="left", truncation_side="left"
+        )
+        ours = Tokenizer.load(folder)
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+        assert set(batch) == {"input_ids", "attention_mask"}
+        for text, ids, mask in zip(PROMPTS, batch.input_ids, batch.attention_mask, strict=True):
+            assert ids[mask.bool()].tolist() == ours.encode(text)
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        cut = tokenizer(PROMPTS[1], truncation=True, max_length=3).input_ids
+        assert cut == ours.encode(PROMPTS[1])[-3:]
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3, 1)
+
+    def test_saved_it_loads_anywhere(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folders["dense"])
+        tokenizer.save_pretrained(tmp_path)
+        expected = tokenizer(PROMPTS).input_ids
+        plain = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        again = AutoTokenizer.from_pretrained(tmp_path)
+        for reader in (plain, again):
+            assert reader(PROMPTS).input_ids == expected
+            assert reader.eos_token == "<|endoftext|>"
+        assert [Tokenizer.load(tmp_path).encode(text) for text in PROMPTS] == expected
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not {"is_local", "tokenizer_object", "auto_map"} & config.keys()
+
+    def test_an_old_one_without_a_model_loads(self, tmp_path: Path) -> None:
+        write_tiny_tokenizer(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        assert isinstance(tokenizer, XverseTokenizerFast)
+        assert tokenizer(PROMPTS[0]).input_ids == Tokenizer.load(tmp_path).encode(PROMPTS[0])
+
+    def test_the_template_is_the_models_format(self, folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = tokenizer.apply_chat_template(HISTORY, tokenize=False, add_generation_prompt=True)
+        chat = V3 if folder.name == "moe" else V2
+        end, eos = chat.endings["user"], "<|endoftext|>"
+        user, assistant = chat.prefixes["user"], chat.prefixes["assistant"]
+        expected = (
+            f"{user}你好{end}{assistant}您好！{eos}{user}The weather in 中国?{end}{assistant}"
+        )
+        assert text == expected
+
+    def test_a_damaged_one_is_an_error_of_ours(self, folder: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        (copy / "tokenizer.json").write_text('{"model": {}}')
+        with pytest.raises(XverseError, match="not a tokenizer"):
+            AutoTokenizer.from_pretrained(copy)
+
+
+class TestForward:
+    def test_logits_are_the_decoders(self, folder: Path) -> None:
+        model, _ = load_pair(folder)
+        ids = random_ids(3, 11)
+        with torch.no_grad():
+            output = model(ids)
+            assert torch.allclose(output.logits, full_logits(model.decoder, ids), atol=1e-5)
+            step = model(ids[:, :5], use_cache=True)
+            rest = model(ids[:, 5:], past_key_values=step.past_key_values)
+            last = model(ids, logits_to_keep=1, return_dict=False)[0]
+        steps = torch.cat((step.logits, rest.logits), dim=1)
+        assert torch.allclose(steps, output.logits, atol=1e-4)
+        assert torch.allclose(last, output.logits[:, -1:], atol=1e-4)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])
+    def test_padding_changes_nothing(
+        self, folder: Path, side: str, scaling: dict[str, object] | None
+    ) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        config.max_position_embeddings = 6  # so that dynamic scaling sets in
+        config.rope_scaling = scaling
+        model = XverseForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**batch).logits
+            assert not logits.isnan().any()
+            for text, got, mask in zip(PROMPTS, logits, batch.attention_mask.bool(), strict=True):
+                alone = model(tokenizer(text, return_tensors="pt").input_ids).logits[0]
+                assert torch.allclose(got[mask], alone, atol=1e-4)
+
+    def test_masks_of_a_wrong_size_are_named(self, folder: Path) -> None:
+        model, _ = load_pair(folder)
+        ids = random_ids(2, 5)
+        with pytest.raises(XverseError, match=r"\[2, 4\]"):
+            model(ids, attention_mask=torch.ones(2, 4))
+        with pytest.raises(XverseError, match="3 dimensions"):
+            model(ids, attention_mask=torch.ones(2, 1, 5))
+        with pytest.raises(XverseError, match=r"\[5\]"):
+            model(ids[0])
+        with pytest.raises(XverseError, match="not kept"):
+            model(ids, output_hidden_states=True)
+
+    def test_gradients_reach_every_weight(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        model.chat(tokenizer, HISTORY, generation_config=GREEDY)  # leaves nothing in the way
+        ids = random_ids(4, 16)
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+        losses = []
+        for _ in range(3):
+            output = model(ids, attention_mask=mask, labels=labels)
+            output.loss.backward()
+            assert all(weight.grad is not None for weight in model.parameters())
+            assert model.lm_head.weight.grad.abs().sum() > 0
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(output.loss.item())
+        assert losses[2] < losses[0] - 0.5
+        flat = output.logits[:, :-1].flatten(0, 1).float()
+        expected = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert same_state(load_pair(folder)[0].decoder, load(folder, dtype="float32").decoder)
+
+    def test_weights_are_where_others_look_for_them(self, folder: Path) -> None:
+        model, _ = load_pair(folder)
+        modules = {name for name, _ in model.named_modules()}
+        assert "model.layers.0.self_attn.q_proj" in modules
+        assert not any(name.startswith("decoder") for name in modules)
+        assert model.get_input_embeddings() is model.model.embed_tokens
+        assert model.get_output_embeddings() is model.lm_head
+        assert model.num_parameters() == model.decoder.shape.num_parameters
+        half = model.half()
+        assert half.decoder.lm_head is half.lm_head
+        assert next(half.decoder.parameters()).dtype == torch.float16
+
+    def test_float16_runs_on_a_cpu(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder, torch.float16)
+        assert model.dtype == torch.float16
+        assert isinstance(model.chat(tokenizer, HISTORY), str)
+        assert model.generate(random_ids(1, 4), max_new_tokens=2).shape[0] == 1
+
+
+class TestGenerate:
+    def test_greedy_is_the_engines(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        for text in PROMPTS:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            got = model.generate(ids, generation_config=GREEDY)[0, ids.shape[1] :].tolist()
+            sampling = Sampling(max_tokens=24).over({})
+            tokens = decode(model.decoder, [ids[0].tolist()], [sampling], end_ids={3})
+            assert got == [token.id for token in tokens]
+
+    def test_a_left_padded_batch_gives_solo_answers(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+        answers = model.generate(**batch, generation_config=GREEDY)[:, batch.input_ids.shape[1] :]
+        for text, answer in zip(PROMPTS, answers.tolist(), strict=True):
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            alone = model.generate(ids, generation_config=GREEDY)[0, ids.shape[1] :].tolist()
+            assert answer[: len(alone)] == alone
+            assert set(answer[len(alone) :]) <= {tokenizer.pad_token_id}
+
+    def test_caches_and_beams(self, folders: dict[str, Path]) -> None:
+        model, tokenizer = load_pair(folders["dense"])
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+        for beams in (1, 3):
+            options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+            options["repetition_penalty"] = 1.0
+            plain = model.generate(**batch, **options)
+            assert torch.equal(model.generate(**batch, **options, use_cache=False), plain)
+            static = model.generate(**batch, **options, cache_implementation="static")
+            assert torch.equal(static, plain)
+
+    def test_sampling(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+        torch.manual_seed(1)
+        first = model.generate(ids, do_sample=True, max_new_tokens=8)
+        torch.manual_seed(1)
+        assert torch.equal(model.generate(ids, do_sample=True, max_new_tokens=8), first)
+        assert model.generation_config.top_k == 30  # generation_config.json is taken
+
+
+class TestChat:
+    def test_the_prompt_is_our_renderers(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        config = json.loads((folder / "config.json").read_text())
+        ours = Tokenizer.load(folder)
+        expected = chat_format(config, ours).render(
+            HISTORY, ours, max_prompt_tokens=prompt_budget(config, 32)
+        )
+        got = prompt_ids(model.decoder, model.config, text_tokenizer(tokenizer), HISTORY, 32)
+        assert got == expected.ids
+
+    def test_the_answer_is_the_engines(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        config = GenerationConfig(max_new_tokens=24, do_sample=False, repetition_penalty=1.3)
+        answer = model.chat(tokenizer, HISTORY, generation_config=config)
+        ours = text_tokenizer(tokenizer)
+        ids = prompt_ids(model.decoder, model.config, ours, HISTORY, 24)
+        sampling = Sampling(max_tokens=24, repetition_penalty=1.3).over({})
+        tokens = [t.id for t in decode(model.decoder, [ids], [sampling], end_ids={3})]
+        assert answer == ours.decode(tokens)
+        assert answer != model.chat(tokenizer, HISTORY, generation_config=GREEDY)
+
+    def test_stream_joins_to_the_answer(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        pieces = model.chat(tokenizer, HISTORY, stream=True, generation_config=GREEDY)
+        assert isinstance(pieces, Iterator)
+        parts = list(pieces)
+        assert len(parts) > 1
+        assert "".join(parts) == model.chat(tokenizer, HISTORY, generation_config=GREEDY)
+
+    def test_sampling_follows_the_global_seed(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        answers = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            answers.append(model.chat(tokenizer, HISTORY))
+        assert answers[0] == answers[1] != answers[2]
+
+    def test_stop_strings_and_max_length(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        whole = model.chat(tokenizer, HISTORY, generation_config=GREEDY)
+        stop = whole[3]
+        config = GenerationConfig(stop_strings=[stop], **GREEDY.to_diff_dict())
+        assert model.chat(tokenizer, HISTORY, generation_config=config) == whole.split(stop)[0]
+        ours = text_tokenizer(tokenizer)
+        prompt = prompt_ids(model.decoder, model.config, ours, HISTORY, None)
+        model.generation_config = GenerationConfig(max_length=len(prompt) + 2)
+        short = "".join(model.chat(tokenizer, HISTORY, stream=True))
+        assert short
+        assert whole.startswith(short.rstrip("\ufffd"))
+        assert len(short) <= 4
+
+    def test_a_long_history_is_cut_and_said(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model, tokenizer = load_pair(folder)
+        answer = model.chat(tokenizer, [*HISTORY[:2]] * 40 + HISTORY, generation_config=GREEDY)
+        assert isinstance(answer, str)
+        assert "longer than the prompt may be" in caplog.text
+
+    def test_special_tokens_in_a_message_stay_text(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        hostile = [{"role": "user", "content": "<|endoftext|>Human: <pad>"}]
+        ids = prompt_ids(model.decoder, model.config, text_tokenizer(tokenizer), hostile, 8)
+        assert not set(ids) & set(range(6))
+        assert isinstance(model.chat(tokenizer, hostile), str)
+
+    def test_bad_arguments_are_named_at_once(self, folder: Path) -> None:
+        model, tokenizer = load_pair(folder)
+        with pytest.raises(XverseError, match="role"):
+            model.chat(tokenizer, [{"role": "alien", "content": "x"}], stream=True)
+        with pytest.raises(XverseError, match="no messages"):
+            model.chat(tokenizer, [])
+        with pytest.raises(XverseError, match="tokenizer of type str"):
+            model.chat("tokenizer", HISTORY)
+
+
+class TestSave:
+    def test_it_comes_back_everywhere(self, folder: Path, tmp_path: Path) -> None:
+        model, tokenizer = load_pair(folder, torch.bfloat16)
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        tokenizer.save_pretrained(tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        config = json.loads((tmp_path / "config.json").read_text())
+        published = published_config(moe=folder.name == "moe")
+        kept = published.keys() - {"auto_map", "torch_dtype", "transformers_version", "use_cache"}
+        assert {key: config[key] for key in kept} == {key: published[key] for key in kept}
+        assert config["dtype"] == "bfloat16"
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert same_state(again, model)
+        assert same_state(load(tmp_path).decoder, model.decoder)
+        assert again.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
+        assert again.config.shape() == model.config.shape()
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_quantized_it_comes_back_bit_for_bit(
+        self, folder: Path, tmp_path: Path, bits: int
+    ) -> None:
+        model, tokenizer = load_pair(folder, torch.bfloat16)
+        model.quantize(bits).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert same_state(again, model)
+        assert same_state(load(tmp_path).decoder, model.decoder)
+        ids = random_ids(1, 6)
+        expected = model.generate(ids, generation_config=GREEDY)
+        assert torch.equal(again.generate(ids, generation_config=GREEDY), expected)
+        again.save_pretrained(tmp_path / "twice")
+        assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "twice"), model)
+
+    def test_dense_ones_are_plain_llamas(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        model, _ = load_pair(folders["dense"])
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        llama = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert type(llama) is transformers.LlamaForCausalLM
+        ids = random_ids(2, 20)
+        with torch.no_grad():
+            assert torch.allclose(llama(ids).logits, model(ids).logits, atol=1e-4)
+
+    def test_saved_over_itself(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        """The weights in use are on the map of the very files that are replaced."""
+        load_pair(folders["dense"], torch.bfloat16)[0].save_pretrained(tmp_path)
+        (shard,) = tmp_path.glob("*.safetensors")
+        shard.rename(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors.index.json").unlink()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        model.save_pretrained(tmp_path)
+        assert not (tmp_path / "model.safetensors").exists()
+        assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+    def test_what_trainer_passes(self, folder: Path, tmp_path: Path) -> None:
+        model, _ = load_pair(folder)
+        state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+        model.save_pretrained(tmp_path, state_dict=state, is_main_process=True)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight + 1)
+        model.save_pretrained(tmp_path / "other", is_main_process=False)
+        assert not (tmp_path / "other").exists()
+
+    def test_what_is_not_done_is_said(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        model, _ = load_pair(folders["dense"])
+        with pytest.raises(XverseError, match="safe_serialization"):
+            model.save_pretrained(tmp_path, safe_serialization=False)
+        for size in ("5 parsecs", 0, -1, True):
+            with pytest.raises(XverseError, match="shard"):
+                model.save_pretrained(tmp_path, max_shard_size=size)
+        with pytest.raises(XverseError, match="not resized"):
+            model.resize_token_embeddings(1000)
+
+
+class TestArguments:
+    def test_unknown_ones_are_named(self, folders: dict[str, Path]) -> None:
+        for argument in ({"load_in_8bit": True}, {"quantization_config": {"bits": 8}}):
+            with pytest.raises(XverseError, match=next(iter(argument))):
+                AutoModelForCausalLM.from_pretrained(folders["dense"], **argument)
+        AutoModelForCausalLM.from_pretrained(
+            folders["dense"], low_cpu_mem_usage=True, use_safetensors=False, load_in_8bit=False
+        )
+
+    @pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, torch.device("cpu")])
+    def test_device_maps(self, folders: dict[str, Path], device_map: object) -> None:
+        model = XverseForCausalLM.from_pretrained(folders["dense"], device_map=device_map)  # type: ignore[arg-type]
+        expected = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
+        assert model.device.type == expected
+        assert model.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("device_map", ["balanced", "tpu", {}, {"a": 0, "b": "cpu"}, "cuda:99"])
+    def test_other_device_maps_are_refused(
+        self, folders: dict[str, Path], device_map: object
+    ) -> None:
+        with pytest.raises(XverseError, match="device"):
+            XverseForCausalLM.from_pretrained(folders["dense"], device_map=device_map)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("dtype", ["float32", torch.float32, "auto", torch.float16])
+    def test_dtypes(self, folders: dict[str, Path], dtype: torch.dtype | str) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folders["dense"], dtype=dtype)
+        wanted = {"float32": torch.float32, "auto": torch.bfloat16}.get(str(dtype), dtype)
+        assert model.dtype == wanted
+        assert model.config.dtype == wanted
+
+    def test_other_dtypes_are_refused(self, folders: dict[str, Path]) -> None:
+        with pytest.raises(XverseError, match="float64"):
+            XverseForCausalLM.from_pretrained(folders["dense"], dtype=torch.float64)
+
+    def test_from_config_starts_afresh(self, folder: Path) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weight = model.lm_head.weight
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not torch.equal(AutoModelForCausalLM.from_config(config).lm_head.weight, weight)
+
+    def test_rope_scaling_survives(self, folder: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        config = json.loads((copy / "config.json").read_text())
+        config |= {"rope_theta": 7e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        (copy / "config.json").write_text(json.dumps(config))
+        model = AutoModelForCausalLM.from_pretrained(copy)
+        expected = load(copy).decoder.shape
+        assert expected.rope_scaling is not None
+        assert model.decoder.shape == expected
+        model.save_pretrained(tmp_path / "saved")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").decoder.shape == expected
+
+    def test_another_model_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        config = json.loads((copy / "config.json").read_text()) | {"model_type": "gpt2"}
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(XverseError, match="gpt2"):
+            XverseForCausalLM.from_pretrained(copy)
+        with pytest.raises(XverseError, match="not a model folder"):
+            XverseForCausalLM.from_pretrained(copy / "config.json")
+
+
+def test_published_ids_go_through_our_hub(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, object]] = []
+
+    def resolve(name: str) -> Path:
+        asked.append((name, "whole"))
+        return folders["dense"]
+
+    def pull(name: str, *, include_weights: bool, **options: object) -> Path:
+        asked.append((name, options["revision"] if include_weights else "small files"))
+        return folders["dense"]
+
+    monkeypatch.setattr(interop_load, "resolve", resolve)
+    monkeypatch.setattr(interop_load.hub, "pull", pull)
+    name = "xverse/XVERSE-7B-Chat"
+    assert isinstance(AutoTokenizer.from_pretrained(name), XverseTokenizerFast)
+    assert AutoConfig.from_pretrained("xverse-7b-chat").hidden_size == 64
+    assert GenerationConfig.from_pretrained(name).top_k == 30
+    assert isinstance(AutoModelForCausalLM.from_pretrained(name), XverseForCausalLM)
+    assert isinstance(XverseForCausalLM.from_pretrained(name, revision="v1"), XverseForCausalLM)
+    assert asked == [*[(name, "small files")] * 3, (name, "whole"), (name, "v1")]
+
+
+def test_other_models_are_left_to_transformers(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=479, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    write_tiny_tokenizer(tmp_path, legacy=False)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is transformers.LlamaForCausalLM
+    assert not isinstance(AutoTokenizer.from_pretrained(tmp_path), XverseTokenizerFast)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is transformers.LlamaConfig
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(auto, "register", lambda: pytest.fail("registered all the same"))
+    for version, why in ((missing, "not installed"), (lambda _: "4.57.1", "4.57.1")):
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.delitem(sys.modules, "xverse.interop.transformers", raising=False)
+        with pytest.raises(XverseError, match=why) as error:
+            import_module("xverse.interop.transformers")
+        assert 'pip install "xverse-llm[hf]"' in error.value.fix
+    assert xverse.interop.transformers.XverseForCausalLM is XverseForCausalLM

@@ -1,0 +1,156 @@
+"""WHAT IS ASKED, WHAT COMES BACK. Sampling options, and the pieces and answers of generation."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xverse.errors import XverseError
+from xverse.log import warn_once
+from xverse.text.chat import Cut
+from xverse.text.tools import ToolCall
+
+Finish = Literal["stop", "length"]
+
+# Keys of generation_config.json that are answered elsewhere or say nothing of how to choose.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_from_model_config",
+        "bos_token_id",
+        "do_sample",
+        "eos_token_id",
+        "max_length",
+        "pad_token_id",
+        "transformers_version",
+        "use_cache",
+    }
+)
+# Options of Hugging Face's that we do not have, at the value that turns each off.
+_OFF: dict[str, tuple[object, ...]] = {
+    "num_beams": (1, None),
+    "typical_p": (1.0, None),
+    "no_repeat_ngram_size": (0, None),
+    "length_penalty": (1.0, None),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. None leaves an option to the model's generation_config.json.
+
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. With a
+    seed the same request gives the same answer, whatever runs beside it.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop: object = self.stop  # what callers give may be one string, or a list
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
+        _check(self, "max_tokens", whole=True, low=1, high=2**31)
+        _check(self, "temperature", low=0, high=100)
+        _check(self, "top_k", whole=True, low=0, high=2**31)
+        _check(self, "top_p", low=0, high=1)
+        _check(self, "min_p", low=0, high=1)
+        _check(self, "repetition_penalty", low=1e-3, high=1e3)
+        _check(self, "seed", whole=True, low=-(2**63), high=2**63 - 1)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise XverseError(
+                f"A stop string is empty or no text: {self.stop!r:.80}.",
+                "Generation ends where a stop string appears, and nothing appears everywhere.",
+                "Give non-empty strings.",
+            )
+
+    def over(self, generation_config: Mapping[str, object]) -> "Sampling":
+        """These options, and below them the model's own, and below those greedy and neutral."""
+        _name_what_is_not_done(generation_config)
+        own = sampling_of(generation_config)
+        filled: dict[str, Any] = {
+            field.name: _first(getattr(self, field.name), getattr(own, field.name), neutral)
+            for field, neutral in zip(dataclasses.fields(self), _NEUTRAL, strict=True)
+        }
+        return Sampling(**filled)
+
+
+_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False)
+
+
+def sampling_of(generation_config: Mapping[str, object]) -> Sampling:
+    """The options that a generation_config.json sets; greedy unless it says do_sample."""
+    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    chosen: dict[str, Any] = {key: generation_config.get(key) for key in keys}
+    chosen["max_tokens"] = generation_config.get("max_new_tokens")
+    if not generation_config.get("do_sample", False):
+        chosen |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    elif chosen["temperature"] is None:
+        chosen["temperature"] = 1.0  # Hugging Face's default where it samples
+    try:
+        return Sampling(**chosen)
+    except XverseError as error:
+        raise XverseError(
+            "generation_config.json asks for the impossible.", error.what, "Correct that file."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Token:
+    """One decoded token of the prompt numbered `request`; `finish` on its last one."""
+
+    request: int
+    id: int
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that has become final, the tokens it came from, and on the last piece why it ended."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. `cut` says what of the conversation did not fit, None where all of it did."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    prompt_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
+    cut: Cut | None = None
+
+
+def _first(*values: object) -> object:
+    return next((value for value in values if value is not None and value != ()), values[-1])
+
+
+def _check(sampling: Sampling, name: str, *, low: float, high: float, whole: bool = False) -> None:
+    value = getattr(sampling, name)
+    if value is None:
+        return
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        article = "a whole number" if whole else "a number"
+        raise XverseError(
+            f"{name} cannot be {value!r:.60}.",
+            f"It is {article} from {low:g} to {high:g}.",
+            f"Give such a number, or leave {name} out for the model's own.",
+        )
+
+
+def _name_what_is_not_done(generation_config: Mapping[str, object]) -> None:
+    known = {field.name for field in dataclasses.fields(Sampling)} | {"max_new_tokens"}
+    for key, value in generation_config.items():
+        if key in known or key in _WITHOUT_EFFECT or value in _OFF.get(key, ()):
+            continue
+        warn_once(f"generation_config.json sets {key!r:.60}, which XVERSE leaves aside")

@@ -1,0 +1,88 @@
+"""LOGITS -> ID. The choice of one token, in the order and by the definitions of Hugging Face."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xverse.engine.request import Sampling
+from xverse.errors import XverseError
+
+
+class Sampler:
+    """The choice of tokens for one request; it has its own random numbers."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        """`sampling` must be filled: `Sampling.over` leaves no option open."""
+        self.sampling = sampling
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def choose(self, logits_V: Tensor, seen: Sequence[int]) -> int:
+        """The next token after `seen` (prompt and answer so far), from its logits [V]."""
+        penalty, temperature = self.sampling.repetition_penalty, self.sampling.temperature
+        if penalty != 1.0 or temperature != 0.0:
+            logits_V = logits_V.float()
+        if penalty is not None and penalty != 1.0:
+            logits_V = penalize_repetition(logits_V, seen, penalty)
+        if temperature is None or temperature == 0.0:
+            best = logits_V.argmax()
+            _refuse_nan(logits_V[best])
+            return int(best)
+        probabilities = self._probabilities(logits_V / temperature)
+        point = torch.rand((), generator=self.generator, dtype=torch.float64)
+        sums = probabilities.double().cpu().cumsum(0)
+        _refuse_nan(sums[-1])
+        return int(torch.searchsorted(sums, point * sums[-1], right=True).clamp(max=len(sums) - 1))
+
+    def _probabilities(self, scores_V: Tensor) -> Tensor:
+        top_k, top_p, min_p = self.sampling.top_k, self.sampling.top_p, self.sampling.min_p
+        if top_k:
+            scores_V = keep_top_k(scores_V, top_k)
+        if top_p is not None and top_p < 1.0:
+            scores_V = keep_top_p(scores_V, top_p)
+        if min_p:
+            scores_V = keep_min_p(scores_V, min_p)
+        return scores_V.softmax(-1)
+
+
+def _refuse_nan(value: Tensor) -> None:
+    if value.isnan():
+        raise XverseError(
+            "The model computed numbers that are no numbers (NaN).",
+            "Weights are damaged, or too large for the dtype they are computed in.",
+            "Verify the folder, or run it with dtype bfloat16 or float32.",
+        )
+
+
+def penalize_repetition(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """Divide positive logits of tokens already seen by `penalty`, multiply negative ones.
+
+    Keskar et al. 2019 (CTRL) in Hugging Face's form; prompt tokens count as seen.
+    """
+    ids = torch.tensor(list(set(seen)), dtype=torch.int64, device=logits_V.device)
+    old = logits_V[ids]
+    return logits_V.index_put((ids,), torch.where(old < 0, old * penalty, old / penalty))
+
+
+def keep_top_k(scores_V: Tensor, top_k: int) -> Tensor:
+    """Minus infinity for all but the `top_k` best; ties with the last of them stay."""
+    least = scores_V.topk(min(top_k, len(scores_V))).values[-1]
+    return scores_V.masked_fill(scores_V < least, float("-inf"))
+
+
+def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest best tokens whose probabilities reach `top_p` (Holtzman et al. 2019)."""
+    ascending, order = scores_V.sort(stable=True)
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    out[-1] = False  # one token always stays
+    return scores_V.masked_fill(torch.empty_like(out).scatter(0, order, out), float("-inf"))
+
+
+def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:
+    """Keep tokens at least `min_p` times as likely as the likeliest."""
+    probabilities = scores_V.softmax(-1)
+    return scores_V.masked_fill(probabilities < min_p * probabilities.max(), float("-inf"))

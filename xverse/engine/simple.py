@@ -1,0 +1,56 @@
+"""IDS -> IDS, the plain way. Decoding of a few prompts side by side, one slab of memory each.
+
+The specification of decoding: whatever is faster must give the same tokens as this.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from xverse.engine.request import Finish, Sampling, Token
+from xverse.engine.sampler import Sampler
+from xverse.model.cache import Growing
+from xverse.model.decoder import Decoder
+
+
+@torch.inference_mode()
+def decode(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    *,
+    end_ids: Collection[int] = (),
+    ended: Collection[int] = (),
+) -> Iterator[Token]:
+    """Yield the tokens of every prompt, step by step, each as soon as it is known.
+
+    Samplings must be filled and have max_tokens. A prompt ends after a token of `end_ids`, which
+    is yielded too, or at max_tokens, or when the reader has put its number into `ended`.
+    """
+    seen = [list(prompt) for prompt in prompts]
+    samplers = [Sampler(sampling) for sampling in samplings]
+    limits = [len(ids) + (s.max_tokens or 0) for ids, s in zip(seen, samplings, strict=True)]
+    device = next(decoder.parameters()).device
+    dtype = decoder.model.embed_tokens.weight.dtype
+    kv = Growing(decoder.shape, len(seen), dtype=dtype, device=device)
+    new: dict[int, list[int]] = dict(enumerate(seen))  # what each live prompt brings next
+    while new:
+        ids = torch.tensor([id for fresh in new.values() for id in fresh], device=device)
+        counts = [len(new.get(row, ())) for row in range(len(seen))]
+        last = torch.tensor([len(fresh) for fresh in new.values()], device=device).cumsum(0) - 1
+        logits_BV = decoder(ids, kv.extend(counts), kv, last)
+        for row, logits_V in zip(list(new), logits_BV, strict=True):
+            chosen = samplers[row].choose(logits_V, seen[row])
+            seen[row].append(chosen)
+            finish: Finish | None = None
+            if chosen in end_ids and not samplings[row].ignore_eos:
+                finish = "stop"
+            elif len(seen[row]) == limits[row]:
+                finish = "length"
+            if finish is None:
+                new[row] = [chosen]
+            else:
+                del new[row]
+            yield Token(row, chosen, finish)
+        for row in ended:
+            new.pop(row, None)

@@ -1,0 +1,264 @@
+"""MESSAGES -> IDS BY TEMPLATE. Chats of models whose folder brings a Jinja chat template.
+
+The ids are those of Hugging Face's `apply_chat_template`. Special tokens come from the template
+only: before rendering, their names in the messages are replaced by private-use characters, and
+afterwards written out as plain text.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from tokenizers import AddedToken
+
+from xverse.errors import XverseError
+from xverse.text.message import Cut, Encoded, Message, check_messages
+from xverse.text.repair import token_text
+from xverse.text.sandbox import compile_template, render
+from xverse.text.tokenizer import Tokenizer
+
+MAX_TEMPLATE = 128 << 10  # characters; the longest published ones have about 20,000
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class TemplateFormat:
+    """The chat format that a Jinja template describes."""
+
+    name = "template"
+
+    def __init__(self, template: str) -> None:
+        """Compile the template; XverseError if it is too long or no Jinja."""
+        if len(template) > MAX_TEMPLATE:
+            raise XverseError(
+                "The chat template is too long.",
+                f"It has {len(template):,} characters, and {MAX_TEMPLATE:,} are enough for any.",
+                "Use the template of the original model.",
+            )
+        self.template = template
+        try:
+            compile_template(template)
+        except Exception as error:
+            raise _refused("The chat template can't be read.", error) from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        max_prompt_tokens: int | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool | None = None,
+    ) -> Encoded:
+        """Encode `messages`. The mask is of use for conversations that end with the assistant;
+        others are prompts, and theirs is all False. Over the budget, whole old rounds go."""
+        check_messages(messages)
+        if tools and not re.search(r"\btools\b", self.template):
+            raise XverseError(
+                "This model's chat template has no place for tools.",
+                "It never mentions them, so the model would not see them.",
+                "Leave the tools out, or use a model made for function calls.",
+            )
+        asks = add_generation_prompt
+        if asks is None:
+            asks = messages[-1]["role"] != "assistant"
+        page = _Page(self.template, tokenizer, [*map(_with_objects, messages)], tools)
+        kept = page.fit(asks, max_prompt_tokens)
+        ids = page.encode(kept, asks)
+        mask = [False] * len(ids)
+        if not asks and kept[-1]["role"] == "assistant":
+            mask = page.mask(kept, ids)
+        dropped = len(messages) - len(kept)
+        return Encoded(ids, mask, Cut(dropped, 0, False) if dropped else None)
+
+
+class _Page:
+    """One conversation on its way through the template."""
+
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] | None,
+    ) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self.messages, self.tools = messages, tools
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        specials = sorted((token for token in added if token.special), key=_longest_first)
+        self.names = [token.content for token in specials]
+        self.find = re.compile("|".join(map(_pattern, specials)) or r"(?!)")
+        present = {character for text in _texts([messages, tools]) for character in text}
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in present)
+        self.hidden = dict(zip(self.names, free, strict=False))
+        first = {name[0] for name in self.names}
+        self.wary = not first.isdisjoint(present)
+        beginnings = dict(zip(sorted(first.difference(self.names)), free, strict=False))
+        self.hidden_strictly = self.hidden | beginnings
+
+    def fit(self, asks: bool, budget: int | None) -> Sequence[Message]:
+        """The messages less the oldest rounds that don't fit; the system message always stays."""
+        if budget is None or len(self.encode(self.messages, asks)) <= budget:
+            return self.messages
+        head = 1 if self.messages[0]["role"] == "system" else 0
+        roles = [message["role"] for message in self.messages]
+        starts = [at for at in range(head + 1, len(roles)) if roles[at] == "user"]
+        kept = [[*self.messages[:head], *self.messages[start:]] for start in starts]
+        best = bisect_left(kept, True, key=lambda rest: len(self.encode(rest, asks)) <= budget)
+        if best == len(kept):
+            raise XverseError(
+                "The conversation does not fit.",
+                f"Even its last round alone has more than {budget} tokens.",
+                "Shorten it, or allow a shorter answer.",
+            )
+        return kept[best]
+
+    def encode(self, messages: Sequence[Message], asks: bool) -> list[int]:
+        """Ids of the rendered messages."""
+        return self._ids(self.text(messages, asks))
+
+    def text(self, messages: Sequence[Message], asks: bool) -> str:
+        """The rendered messages, with stand-ins for special tokens' names that they contain.
+
+        Two messages side by side could spell a special token together. So that is looked for too,
+        with stand-ins for the first characters of special tokens, where the template allows it.
+        """
+        text = self._rendered(messages, asks, self.hidden)
+        if not self.wary:
+            return text
+        try:
+            strict = self._rendered(messages, asks, self.hidden_strictly)
+        except XverseError:
+            return text
+        alike = _restore(strict, self.hidden_strictly) == _restore(text, self.hidden)
+        return strict if alike and self._count(strict) < self._count(text) else text
+
+    def mask(self, messages: Sequence[Message], ids: list[int]) -> list[bool]:
+        """True for the ids of what the assistant says, and for the end after each message."""
+        mask = [False] * len(ids)
+        whole = self.text(messages, asks=False)
+        for at, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.text(messages[:at], asks=True)
+            after = self.text(messages[: at + 1], asks=False)
+            if not whole.startswith(after):  # some templates end each conversation with it
+                after = after.removesuffix(self.tokenizer.eos_token or "")
+            if not whole.startswith(after) or not after.startswith(before):
+                raise XverseError(
+                    "This chat template can't be trained with.",
+                    "It writes earlier messages differently once later ones follow.",
+                    "Train on conversations of one round, or change the template.",
+                )
+            start, end = (_common(ids, self._ids(part)) for part in (before, after))
+            ends = [i for i in range(start, end) if ids[i] in self.tokenizer.special_ids]
+            end = ends[-1] + 1 if ends else end
+            mask[start:end] = [True] * (end - start)
+        return mask
+
+    def _rendered(self, messages: Sequence[Message], asks: bool, hidden: Mapping[str, str]) -> str:
+        pattern = re.compile("|".join(map(re.escape, hidden)) or r"(?!)")
+        hide = partial(pattern.sub, lambda match: hidden[match[0]])
+        config, tokenizer = self.tokenizer.config, self.tokenizer
+        named = {f"{kind}_token": token_text(config.get(f"{kind}_token")) for kind in SPECIAL_NAMES}
+        named |= {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        named |= {"pad_token": tokenizer.pad_token}
+        variables: dict[str, object] = {
+            "messages": _mapped(list(messages), hide),
+            "tools": _mapped(self.tools, hide),
+            "documents": None,
+            "add_generation_prompt": asks,
+            **{name: token for name, token in named.items() if token is not None},
+        }
+        try:
+            return render(self.template, variables)
+        except Exception as error:
+            raise _refused("The chat template can't write this conversation.", error) from error
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a rendered text. Where it has stand-ins, it is cut at the special tokens, which
+        are the template's own, and the names come back as text between them."""
+        if not any(character in text for character in self.hidden_strictly.values()):
+            return self.tokenizer.encode(text, add_special=False, parse_special=True)
+        ids: list[int] = []
+        done = 0
+        for match in self.find.finditer(text):
+            assert match.lastindex is not None
+            special = self.tokenizer.backend.token_to_id(self.names[match.lastindex - 1])
+            assert special is not None
+            ids += [*self._plain_ids(text[done : match.start()]), special]
+            done = match.end()
+        return ids + self._plain_ids(text[done:])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(_restore(text, self.hidden_strictly), add_special=False)
+
+    def _count(self, text: str) -> int:
+        return sum(1 for _ in self.find.finditer(text))
+
+
+def _longest_first(token: AddedToken) -> int:
+    return -len(token.content)
+
+
+def _pattern(token: AddedToken) -> str:
+    """Where the backend finds `token`, with the white space that it swallows."""
+    before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+    return f"{before}({re.escape(token.content)}){after}"
+
+
+def _texts(value: object) -> list[str]:
+    """Every text in a JSON-like value."""
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found
+
+
+def _mapped(value: object, change: Callable[[str], str]) -> object:
+    """A JSON-like value with every text in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(part, change) for part in value]
+    return value
+
+
+def _restore(text: str, hidden: Mapping[str, str]) -> str:
+    for name, character in hidden.items():
+        text = text.replace(character, name)
+    return text
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of what two lists of ids begin with in common."""
+    shorter = min(len(left), len(right))
+    return next((at for at in range(shorter) if left[at] != right[at]), shorter)
+
+
+def _with_objects(message: Message) -> Message:
+    """The message, the arguments of its function calls as objects, which templates expect."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: object) -> object:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str) or not isinstance(call, Mapping):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": parsed}}
+
+
+def _refused(what: str, error: Exception) -> XverseError:
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return XverseError(what, why, "Correct the messages, or use another chat template.")
