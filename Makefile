@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help chat test story lint format types imports docs bench check clean
+.PHONY: help chat test lint format types imports docs bench check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -14,9 +14,6 @@ chat: .venv/chat.stamp  ## talk to a real model (SmolLM2-135M-Instruct, until ou
 
 test: .venv/dev.stamp  ## all tests, on the CPU, without a network
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-
-story: .venv/dev.stamp  ## only the end-to-end tests
-	$(BIN)/python -m pytest tests/story
 
 lint: .venv/dev.stamp  ## style, by ruff
 	$(BIN)/ruff check .

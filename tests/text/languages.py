@@ -1,4 +1,4 @@
-"""FIXTURE. One short sentence in each of 45 languages, and texts that are hard to cut."""
+"""FIXTURE. One short sentence in each of 47 languages, and texts that are hard to cut."""
 
 SENTENCES = {
     "Arabic": "مرحبا، كيف حالك اليوم؟",

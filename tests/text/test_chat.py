@@ -356,6 +356,8 @@ def test_the_format_follows_the_config(tiny: Tokenizer) -> None:
         of({"model_type": "llama"})
     with pytest.raises(XverseError, match="no chat format 'v9'"):
         of(xverse, named="v9")
+    with pytest.raises(XverseError, match="no chat format"):
+        of(xverse, named=["v2"])
 
 
 def test_prompt_budget() -> None:

@@ -211,6 +211,12 @@ def test_chat_template_is_found(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).chat_template == "d"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert Tokenizer.load(tmp_path).chat_template == "file"
+    Tokenizer.load(tmp_path).save(tmp_path)  # into the same folder: one template is left
+    assert Tokenizer.load(tmp_path).chat_template == "file"
+    Tokenizer.load(tmp_path).save(tmp_path, chat_template="new")
+    assert Tokenizer.load(tmp_path).chat_template == "new"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [5, {"name": []}]}')
+    assert Tokenizer.load(tmp_path).chat_template is None
 
 
 def test_threads_share_one_tokenizer(tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ class LLM:
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None) -> Answer: ...
+
     @overload
-    def generate(
-        self, prompts: Sequence[str], sampling: Sampling | None = None
-    ) -> list[Answer]: ...
+    def generate(self, prompts: list[str], sampling: Sampling | None = None) -> list[Answer]: ...
+
     def generate(
         self, prompts: str | list[str], sampling: Sampling | None = None
     ) -> Answer | list[Answer]:

@@ -254,7 +254,7 @@ def chat_format(config: Mapping[str, object], tokenizer: Tokenizer) -> ChatForma
     named = tokenizer.config.get("xverse_chat_format")
     if isinstance(named, str) and named in XVERSE_FORMATS:
         return XVERSE_FORMATS[named]
-    if named not in {None, TemplateFormat.name}:
+    if named is not None and named != TemplateFormat.name:
         raise XverseError(
             f"There is no chat format {named!r:.40}.",
             "tokenizer_config.json names it as xverse_chat_format.",

@@ -77,8 +77,7 @@ def find_chat_template(folder: Path, config: Mapping[str, object]) -> str | None
             raise XverseError(f"{path} can't be read.", str(error), DAMAGED) from error
     found = config.get("chat_template")
     if isinstance(found, list):  # several named templates: [{"name": ..., "template": ...}]
-        named = {
-            entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
-        }
-        found = named.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        named = (entry.get("template") for entry in entries if entry.get("name") == "default")
+        found = next(named, None)
     return found if isinstance(found, str) else None

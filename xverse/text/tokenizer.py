@@ -178,6 +178,7 @@ class Tokenizer:
             (target / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
             written = json.dumps(config, ensure_ascii=False, indent=2)
             (target / "tokenizer_config.json").write_text(written + "\n", "utf-8")
+            (target / "chat_template.jinja").unlink(missing_ok=True)  # it would outrank the config
         except OSError as error:
             raise XverseError(
                 f"The tokenizer can't be saved to {target}.", str(error), "Choose another folder."

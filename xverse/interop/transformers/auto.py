@@ -1,84 +1,88 @@
-"""TRANSFORMERS' AUTO CLASSES -> US. Registration, and the two doors that need a guard.
+"""TRANSFORMERS' AUTO CLASSES -> US. Registration, and the doors that need a guard.
 
-transformers prefers registered classes to code in a model folder, except for tokenizers: with
-trust_remote_code=True an `auto_map` in tokenizer_config.json wins. And it asks one hub alone for
+With trust_remote_code=True, transformers may prefer classes that a folder names to those that are
+registered: always for tokenizers, for configs by version. And it asks one hub alone for
 "xverse/..." ids, where we also know ModelScope and what `xverse pull` has brought.
 """
 
 import os
-from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 
 from xverse.errors import XverseError
 from xverse.interop.transformers.config import XverseConfig
-from xverse.interop.transformers.load import find_folder, is_published, model_type_of
+from xverse.interop.transformers.load import HUB_ARGUMENTS, find_folder, is_published
 from xverse.interop.transformers.model import XverseForCausalLM
 from xverse.interop.transformers.tokenizer import XverseTokenizerFast
 from xverse.text.repair import modernize, read_json
 
 Name = str | os.PathLike[str]
-# Arguments of AutoTokenizer that choose a class, which is chosen already.
-CHOOSING = ("_from_auto", "code_revision", "config", "trust_remote_code", "use_fast")
 LOADER = "from_pretrained"
+NAMES = ("pretrained_model_name_or_path", "pretrained_model_name")  # of its first argument
+# Arguments of Auto classes that choose a class, which is chosen already.
+CHOOSING = ("_from_auto", "code_revision", "config", "trust_remote_code", "use_fast")
 
 
 def register() -> None:
     """Make transformers' Auto classes load XVERSE models with the classes here."""
-    AutoConfig.register("xverse", XverseConfig)
+    AutoConfig.register(XverseConfig.model_type, XverseConfig)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM)
-    _find_published(AutoConfig, include_weights=False)
-    _find_published(GenerationConfig, include_weights=False)
-    _find_published(AutoModelForCausalLM, include_weights=True)
-    _guard_tokenizers()
+    _guard(AutoConfig, XverseConfig)
+    _guard(AutoTokenizer, XverseTokenizerFast)
+    _guard(GenerationConfig, None)
+    _guard(AutoModelForCausalLM, None)
 
 
-def _find_published(auto: type, *, include_weights: bool) -> None:
-    """Let `auto.from_pretrained` find published hub ids by our own search."""
+def _guard(auto: type, ours: type | None) -> None:
+    """Let `auto.from_pretrained` find published ids by our own search, and load what is XVERSE's
+    with the class `ours`, whatever the folder names; the rest stays transformers' business."""
     original = getattr(auto, LOADER).__func__
 
-    def from_pretrained(cls: type, name: Name, *inputs: object, **arguments: object) -> object:
+    def from_pretrained(cls: type, /, *inputs: Any, **arguments: Any) -> object:
+        named = [arguments.pop(key) for key in NAMES if key in arguments]
+        name, *others = [*named, *inputs]
         if is_published(name):
-            name = find_folder(name, arguments, include_weights=include_weights)
-        return original(cls, name, *inputs, **arguments)
-
-    _replace(auto, from_pretrained)
-
-
-def _guard_tokenizers() -> None:
-    """Let `AutoTokenizer.from_pretrained` load XVERSE's tokenizers with our class, whatever the
-    folder names; all others are transformers' own business."""
-    original = getattr(AutoTokenizer, LOADER).__func__
-
-    def from_pretrained(cls: type, name: Name, *inputs: object, **arguments: object) -> object:
-        if not _is_ours(name, arguments):
-            return original(cls, name, *inputs, **arguments)
+            name = find_folder(name, arguments, include_weights=auto is AutoModelForCausalLM)
+        if ours is None or not _is_ours(name, arguments):
+            return original(cls, name, *others, **arguments)
         kept = {key: value for key, value in arguments.items() if key not in CHOOSING}
-        return XverseTokenizerFast.from_pretrained(name, *inputs, **kept)
+        return getattr(ours, LOADER)(name, *others, **kept)
 
-    _replace(AutoTokenizer, from_pretrained)
-
-
-def _replace(auto: type, loader: Callable[..., object]) -> None:
-    update_wrapper(loader, getattr(auto, LOADER))
-    setattr(auto, LOADER, classmethod(loader))
+    update_wrapper(from_pretrained, getattr(auto, LOADER))
+    setattr(auto, LOADER, classmethod(from_pretrained))
 
 
 def _is_ours(name: Name, arguments: dict[str, object]) -> bool:
-    if is_published(name) or isinstance(arguments.get("config"), XverseConfig):
-        return True
+    """Whether `name` holds an XVERSE model, or nothing but a tokenizer in the old form."""
     if arguments.get("tokenizer_type") is not None or arguments.get("gguf_file") is not None:
         return False
-    kind = model_type_of(name, arguments)
-    return kind == XverseConfig.model_type or (kind is None and _has_old_tokenizer(Path(name)))
-
-
-def _has_old_tokenizer(folder: Path) -> bool:
-    """Whether this is a tokenizer by itself in the old form, which transformers cannot load."""
-    file = folder / "tokenizer.json"
+    if isinstance(arguments.get("config"), XverseConfig):
+        return True
+    folder = Path(name)
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return _model_type(name, arguments) == XverseConfig.model_type
     try:
-        return file.is_file() and modernize(read_json(file))
+        return modernize(read_json(folder / "tokenizer.json"))
     except XverseError:
         return False
+
+
+def _model_type(name: Name, arguments: dict[str, object]) -> object:
+    """`model_type` in the config.json of a folder or hub id; None where there is none to read."""
+    file = Path(name) / "config.json"
+    try:
+        if file.is_file():
+            return read_json(file).get("model_type")
+        own = {key: arguments[key] for key in HUB_ARGUMENTS & arguments.keys()}
+        return PreTrainedConfig.get_config_dict(name, **own)[0].get("model_type")
+    except (OSError, ValueError, XverseError):
+        return None

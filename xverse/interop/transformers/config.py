@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from xverse.device import DTYPES
@@ -19,7 +18,7 @@ NAMING_CODE = frozenset(
 PLAIN_ATTENTION = (None, "sdpa", "eager")
 
 
-class XverseConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class XverseConfig(PreTrainedConfig):
     """The fields of a published config.json as attributes, less those that name code."""
 
     model_type = "xverse"
@@ -37,7 +36,7 @@ class XverseConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 warn_once(f"config.json has {key} {kept.pop(key)!r:.60}, which is left aside")
         try:
             super().__init__(**kept)
-        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise XverseError(
                 "config.json is not one that transformers takes.", str(error), "Correct the file."
             ) from error

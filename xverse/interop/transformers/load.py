@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 
 from xverse import device as devices
 from xverse.checkpoint import hub
@@ -48,25 +48,13 @@ def is_published(name: object) -> bool:
     return str(ALIASES.get(name.lower(), name)).lower().startswith(PUBLISHED)
 
 
-def model_type_of(name: str | os.PathLike[str], arguments: Mapping[str, object]) -> str | None:
-    """`model_type` in the config.json of a folder or hub id; None where there is none to read."""
-    own = {key: arguments[key] for key in HUB_ARGUMENTS & arguments.keys()}
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **own)
-    except (OSError, ValueError):  # no such file, and files that are no JSON
-        return None
-    found = config.get("model_type") if isinstance(config, dict) else None
-    return found if isinstance(found, str) else None
-
-
 def find_folder(
     name: str | os.PathLike[str], arguments: Mapping[str, object], *, include_weights: bool = True
 ) -> Path:
     """The folder that `name` means; a hub id is downloaded where it is not here yet."""
     if Path(name).exists():
         return Path(name)
-    plain = {"force_download": False, "proxies": None, "token": None}
-    for key in plain:
+    for key in ("force_download", "proxies", "token"):
         if arguments.get(key) not in (None, False):
             warn_once(f"{key} is left aside: XVERSE's own download takes the hub's settings")
     revision, cache_dir = arguments.get("revision"), arguments.get("cache_dir")

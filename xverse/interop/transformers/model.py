@@ -21,7 +21,7 @@ from xverse.quant.scheme import Scheme
 from xverse.text.chat import Message
 
 
-class XverseForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     """An XVERSE model with everything the published class had: `chat`, `quantize`, `generate`.
 
     Its modules and weights are the decoder's own, under their published names.
