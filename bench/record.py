@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,8 +18,8 @@ def record(name: str, figures: dict[str, object], packages: tuple[str, ...]) -> 
     """Write `figures` to bench/results/<name>.json, with command, commit, machine and date."""
     facts = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--", "xverse", "bench").splitlines(),
+        # A machine without the repository's history is told the commit.
+        "commit": os.environ.get("XVERSE_COMMIT") or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
         "packages": {package: _version(package) for package in ("torch", *packages)},
@@ -40,6 +41,13 @@ def _machine() -> str:
         model = names[0] if names else model
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{model}, {capability}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    """The commit that runs, and how many of its files were changed since."""
+    changed = _git("status", "--porcelain", "--", "xverse", "bench").splitlines()
+    changed = [line for line in changed if "bench/results/" not in line]
+    return _git("rev-parse", "HEAD") + (f" and {len(changed)} changed files" if changed else "")
 
 
 def _git(*args: str) -> str:

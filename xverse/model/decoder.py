@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xverse.kernels import multiply
-from xverse.model import rope
 from xverse.model.attention import Attention
 from xverse.model.cache import KV
 from xverse.model.feedforward import FeedForward, MixtureOfExperts
 from xverse.model.linear import Linear
 from xverse.model.norm import RMSNorm
+from xverse.model.rope import Rope
 from xverse.model.shape import ModelShape
 
 
@@ -55,6 +55,7 @@ class Decoder(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
+        self.rope = Rope(shape)
         self.model = Stack(shape)
         self.lm_head = (
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
             self.shape.rope_scaling.rope_type == "dynamic"
         )
         lengths = kv.lengths() if dynamic else None
-        cos_TE, sin_TE = rope.tables(self.shape, positions_T, lengths, x_TD.dtype)
+        cos_TE, sin_TE = self.rope.tables(positions_T, lengths, x_TD.dtype)
         for block in stack.layers:
             x_TD = block(x_TD, cos_TE, sin_TE, kv)
         normed: Tensor = stack.norm(x_TD)

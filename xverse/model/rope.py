@@ -1,7 +1,6 @@
 """POSITIONS -> ANGLES. Rotary tables: base, linear, dynamic-NTK and Llama 3 scaling."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,8 +8,39 @@ from torch import Tensor
 from xverse.model.shape import ModelShape, RopeScaling
 
 
-@lru_cache(maxsize=64)
-def inverse_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
+class Rope:
+    """The rotary embedding of a model: its frequencies, kept for the device it last ran on."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self._inverse: Tensor | None = None
+
+    def tables(
+        self, positions_T: Tensor, lengths_T: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of every angle, each [T, E] in `dtype`, computed in fp32.
+
+        `lengths_T`, how many tokens each token's sequence holds by now, is wanted for dynamic
+        scaling alone: the base grows with it (NTK-aware scaling, as in Hugging Face's Llama).
+        """
+        scaling = self.shape.rope_scaling
+        if scaling is not None and scaling.rope_type == "dynamic":
+            assert lengths_T is not None, "dynamic rope scaling needs the lengths of the sequences"
+            inverse = _dynamic(self.shape, scaling, lengths_T)
+        else:
+            inverse = self._kept(positions_T.device)
+        angles = positions_T[:, None].float() * inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _kept(self, device: torch.device) -> Tensor:
+        if self._inverse is None or self._inverse.device != device:
+            with torch.inference_mode(False):  # training may use them after serving did
+                self._inverse = inverse_frequencies(self.shape).to(device)
+        return self._inverse
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
     """Turns per position of each pair of elements, [E/2] fp32; dynamic scaling is not in them."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     inverse = 1.0 / shape.rope_theta**exponents
@@ -19,24 +49,7 @@ def inverse_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
         inverse = inverse / scaling.factor
     elif scaling is not None and scaling.rope_type == "llama3":
         inverse = _llama3(inverse, scaling)
-    return inverse.to(device)
-
-
-def tables(
-    shape: ModelShape, positions_T: Tensor, lengths_T: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each [T, E] in `dtype`, computed in fp32.
-
-    `lengths_T`, how many tokens each token's sequence holds by now, is wanted for dynamic scaling
-    alone: the base grows with it (NTK-aware scaling, as in Hugging Face's Llama).
-    """
-    inverse = inverse_frequencies(shape, positions_T.device)
-    if shape.rope_scaling is not None and shape.rope_scaling.rope_type == "dynamic":
-        assert lengths_T is not None, "dynamic rope scaling needs the lengths of the sequences"
-        inverse = _dynamic(shape, shape.rope_scaling, lengths_T)
-    angles = positions_T[:, None].float() * inverse
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return inverse
 
 
 def _dynamic(shape: ModelShape, scaling: RopeScaling, lengths_T: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ class QuantizedLinear(nn.Module):
     def of(cls, layer: Linear | StackedLinear, scheme: Scheme) -> Self:
         """The layer, rounded to the scheme; rows of zeros stay zeros."""
         weight = layer.weight.float()
-        scale = weight.abs().amax(dim=-1) / scheme.largest
+        # A tensor and not a number: dividing by a number, CUDA multiplies by its inverse, and
+        # the same weights would round differently there.
+        scale = weight.abs().amax(dim=-1) / weight.new_tensor(scheme.largest)
         steps = (weight / scale.clamp(min=1e-30)[..., None]).round()
         integers = steps.clamp(-scheme.largest, scheme.largest).to(torch.int8)
         bias = layer.bias if isinstance(layer, Linear) else None
