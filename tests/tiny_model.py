@@ -94,7 +94,8 @@ def write_published_folder(folder: Path, *, shards: int = 8, moe: bool = False) 
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     write_tiny_tokenizer(folder)
     state = published_state(decoder)
-    names, weight_map = list(state), {}
+    names = list(state)
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
         part = {name: state[name] for name in names[shard::shards]}

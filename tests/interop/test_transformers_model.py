@@ -1,5 +1,6 @@
 """XverseForCausalLM by itself: logits, padding, gradients, generate, save and load."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -95,7 +96,9 @@ class TestForward:
         flat = output.logits[:, :-1].flatten(0, 1).float()
         expected = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
         assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert same_state(load_pair(folder)[0].decoder, load(folder, dtype="float32").decoder)
+        assert same_state(
+            load_pair(folder)[0].decoder, load(folder, dtype="float32", device="cpu").decoder
+        )
 
     def test_weights_are_where_others_look_for_them(self, folder: Path) -> None:
         model, _ = load_pair(folder)
@@ -108,6 +111,36 @@ class TestForward:
         half = model.half()
         assert half.decoder.lm_head is half.lm_head
         assert next(half.decoder.parameters()).dtype == torch.float16
+
+    def test_a_copy_is_whole(self, folders: dict[str, Path]) -> None:
+        model, tokenizer = load_pair(folders["dense"])
+        answer = model.chat(tokenizer, HISTORY, generation_config=GREEDY)
+        other = copy.deepcopy(model)
+        assert other.decoder.lm_head is other.lm_head
+        with torch.no_grad():
+            other.lm_head.weight.neg_()
+        assert model.chat(tokenizer, HISTORY, generation_config=GREEDY) == answer
+        assert other.chat(tokenizer, HISTORY, generation_config=GREEDY) != answer
+        model.load_state_dict(other.state_dict())
+        assert same_state(model, other)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    @pytest.mark.parametrize("bits", [None, 8, 4])
+    def test_on_a_gpu(self, folder: Path, tmp_path: Path, bits: int | None) -> None:
+        """The guides' order of calls: quantize on the CPU, then .cuda()."""
+        model, tokenizer = load_pair(folder, torch.float16)
+        if bits:
+            model = model.quantize(bits)
+        model = model.cuda().eval()
+        assert model.device.type == "cuda"
+        assert isinstance(model.chat(tokenizer, HISTORY), str)
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt").to("cuda")
+        assert model.generate(**batch, max_new_tokens=4).device.type == "cuda"
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+        assert again.device.type == "cuda"
+        assert same_state(again, model)
 
     def test_float16_runs_on_a_cpu(self, folder: Path) -> None:
         model, tokenizer = load_pair(folder, torch.float16)
@@ -170,7 +203,7 @@ class TestSave:
         assert config["dtype"] == "bfloat16"
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert same_state(again, model)
-        assert same_state(load(tmp_path).decoder, model.decoder)
+        assert same_state(load(tmp_path, device="cpu").decoder, model.decoder)
         assert again.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
         assert again.config.shape() == model.config.shape()
 
@@ -183,7 +216,7 @@ class TestSave:
         tokenizer.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert same_state(again, model)
-        assert same_state(load(tmp_path).decoder, model.decoder)
+        assert same_state(load(tmp_path, device="cpu").decoder, model.decoder)
         ids = random_ids(1, 6)
         expected = model.generate(ids, generation_config=GREEDY)
         assert torch.equal(again.generate(ids, generation_config=GREEDY), expected)

@@ -1,6 +1,7 @@
 """XVERSE's chat formats: ids worked out by hand from the tokenizer's facts, cuts, masks, errors."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -224,6 +225,19 @@ def test_no_special_id_comes_from_contents(tiny: Tokenizer) -> None:
         ids = chat.render(messages, tiny).ids
         assert [id for id in ids if id in tiny.special_ids] == [END, END]
         assert tiny.decode(ids).count(names) == 6
+
+
+def test_a_tokenizer_that_adds_a_first_token_does_not_here(tmp_path: Path) -> None:
+    write_tiny_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    eager = Tokenizer(
+        Tokenizer.load(tmp_path).backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        add_bos=True,
+    )
+    for chat in (V1, V2, V3):
+        assert chat.render(THREE, eager).ids == chat.render(THREE, tokenizer).ids
 
 
 def test_tool_results_are_exec_turns(real: Tokenizer) -> None:

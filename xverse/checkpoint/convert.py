@@ -21,6 +21,7 @@ from xverse.checkpoint.folder import (
 from xverse.checkpoint.weights import SAFETENSORS_DTYPES, TensorInfo, Weights, open_weights
 from xverse.errors import XverseError
 from xverse.log import logger, progress
+from xverse.text.chat import chat_format
 from xverse.text.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's own default size of a shard
@@ -46,9 +47,19 @@ def convert_to_safetensors(
         _require_space(aside, sum(info.nbytes for info in infos.values()))
         save_weights(_stream(weights, infos), aside, max_shard_bytes=max_shard_bytes)
         if is_there(folder.path / "tokenizer.json"):
-            Tokenizer.load(folder.path).save(aside)
+            _save_tokenizer(folder, aside)
         _copy_rest(folder, aside)
         write_manifest(aside, source=folder.path.name, converted_to="safetensors")
+
+
+def _save_tokenizer(folder: ModelFolder, target: Path) -> None:
+    """The tokenizer in its modern form, with the chat format written down where there is one."""
+    tokenizer = Tokenizer.load(folder.path)
+    if folder.config.get("model_type") == "xverse" or tokenizer.chat_template:
+        chat = chat_format(folder.config, tokenizer)
+        tokenizer.save(target, chat_template=chat.template, chat_format=chat.name)
+    else:
+        tokenizer.save(target)
 
 
 def save_weights(

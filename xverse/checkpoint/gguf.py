@@ -228,9 +228,8 @@ def _llama3_scaling(file: GgufFile, config: Mapping[str, object]) -> dict[str, o
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    cpu = torch.device("cpu")
-    plain = inverse_frequencies(ModelShape.from_config(config), cpu)
-    scaled = inverse_frequencies(ModelShape.from_config({**config, "rope_scaling": scaling}), cpu)
+    plain = inverse_frequencies(ModelShape.from_config(config))
+    scaled = inverse_frequencies(ModelShape.from_config({**config, "rope_scaling": scaling}))
     if stored.shape != plain.shape or not torch.allclose(plain / scaled, stored, rtol=1e-3):
         raise unreadable(file.path, f"its {ROPE_DIVISORS} follow no rope scaling that we know")
     return scaling

@@ -175,14 +175,14 @@ class XverseFormat:
         return Span.join(self._encode_turn(turn, tokenizer) for turn in turns)
 
     def _encode_turn(self, turn: Turn, tokenizer: Tokenizer) -> Span:
-        prefix = tokenizer.encode(self.prefixes[turn.role])
+        prefix = _plain(tokenizer, self.prefixes[turn.role])
         content = turn.content + self.endings[turn.role]
         if self.joint:
-            ids = tokenizer.encode(self.prefixes[turn.role] + content)
+            ids = _plain(tokenizer, self.prefixes[turn.role] + content)
             same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prefix, strict=False))
             learned = len(ids) - len(list(same))
         else:
-            body = tokenizer.encode(content)
+            body = _plain(tokenizer, content)
             ids, learned = prefix + body, len(body)
         if turn.role != "assistant":
             return _untrained(ids)
@@ -195,7 +195,7 @@ class XverseFormat:
         """The newest round, with the beginning of an answer if it `asks` for one, and how many
         tokens were cut off its message: v1 keeps the prompt's last, v2 and v3 the message's first.
         """
-        opening = _untrained(tokenizer.encode(self.prefixes["assistant"]) if asks else [])
+        opening = _untrained(_plain(tokenizer, self.prefixes["assistant"]) if asks else [])
         last = turns[-1]
         if last.role not in {"user", "exec"}:
             span = Span.join([self._encode(turns, tokenizer), opening])
@@ -204,7 +204,7 @@ class XverseFormat:
             return span, 0
         if self.joint and asks:
             text = self.prefixes["user"] + last.content + self.endings["user"]
-            ids, opening = tokenizer.encode(text + self.prefixes["assistant"]), Span([], [])
+            ids, opening = _plain(tokenizer, text + self.prefixes["assistant"]), Span([], [])
         else:
             ids = self._encode_turn(last, tokenizer).ids
         room = len(ids) if budget is None else budget - len(opening.ids)
@@ -307,6 +307,11 @@ def _rounds(turns: Sequence[Turn]) -> list[list[Turn]]:
             "Add the user message.",
         )
     return rounds
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a piece of the conversation: no special token is parsed in it, none added to it."""
+    return tokenizer.encode(text, add_special=False)
 
 
 def _untrained(ids: list[int]) -> Span:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from xverse.device import DTYPES
@@ -36,7 +37,7 @@ class XverseConfig(PreTrainedConfig):
                 warn_once(f"config.json has {key} {kept.pop(key)!r:.60}, which is left aside")
         try:
             super().__init__(**kept)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
             raise XverseError(
                 "config.json is not one that transformers takes.", str(error), "Correct the file."
             ) from error

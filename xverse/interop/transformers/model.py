@@ -36,7 +36,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: XverseConfig, decoder: Decoder | None = None) -> None:
         """Take `decoder` over, or start from fresh random weights."""
         super().__init__(config)
-        decoder = decoder or _fresh(config.shape(), config.initializer_range)
+        decoder = decoder or _fresh(config.shape(), getattr(config, "initializer_range", 0.02))
         self.model = decoder.model
         self.lm_head = decoder.lm_head
         # Past nn.Module's bookkeeping: the same modules must not count under two names.
@@ -225,9 +225,9 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         """Nothing: the decoder comes with its weights."""
 
 
-def _fresh(shape: ModelShape, std: float | None) -> Decoder:
+def _fresh(shape: ModelShape, std: float) -> Decoder:
     decoder = Decoder(shape)
     if decoder.model.norm.weight.is_meta:
         return decoder
     seed = int(torch.randint(2**31, ()))
-    return initialize(decoder, std=0.02 if std is None else std, seed=seed)
+    return initialize(decoder, std=std, seed=seed)
