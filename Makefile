@@ -34,7 +34,7 @@ docs: .venv/dev.stamp  ## write docs/map.md anew from the first lines of the fil
 
 bench: .venv/dev.stamp  ## speed of decoding on this CPU beside transformers and llama.cpp
 	$(BIN)/python -m pip install --quiet "llama-cpp-python>=0.3.16"
-	$(BIN)/python bench/decode_cpu.py
+	$(BIN)/python -m bench.decode_cpu
 
 check: lint types imports test  ## everything
 

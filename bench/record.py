@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def record(name: str, figures: dict[str, object], packages: tuple[str, ...]) -> Path:
     """Write `figures` to bench/results/<name>.json, with command, commit, machine and date."""
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         # A machine without the repository's history is told the commit.
         "commit": os.environ.get("XVERSE_COMMIT") or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

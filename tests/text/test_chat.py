@@ -260,7 +260,8 @@ def test_tools_go_into_the_first_user_message(real: Tokenizer) -> None:
 def test_tool_calls_are_written_back(real: Tokenizer) -> None:
     call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
     written = (
-        '<|startofthink|>```JSON\n{"api_name": "add", "parameters": {"a": 1}}\n```<|endofthink|>'
+        '<|startofthink|>```JSON\n{ \n   "api_name": "add","parameters": {\n      "a": 1\n   }\n}'
+        "```<|endofthink|>"
     )
     for content, expected in (("Hi", f"Hi\n{written}"), (None, written), ("", written)):
         called = {"role": "assistant", "content": content, "tool_calls": [call]}

@@ -35,7 +35,7 @@ HOTEL = ToolCall(
 TRANSCRIPT = (
     "好的，马上为您查询。\n<|startofthink|>```JSON\n"
     + '{ \n   "api_name": "hotel_search","parameters": '
-    + json.dumps(HOTEL.arguments, ensure_ascii=False, indent=3)
+    + json.dumps(HOTEL.arguments, ensure_ascii=False, indent=3).replace("\n", "\n   ")
     + "\n}```<|endofthink|>"
 )
 
@@ -173,12 +173,15 @@ def test_calls_written_back_are_read_alike() -> None:
         add(2),
     ]
     text = render_tool_calls(calls)
-    assert text.startswith(
-        '<|startofthink|>```JSON\n{"api_name": "add", "parameters": {"a": "你\\n"}}\n'
-    )
+    assert text.startswith('<|startofthink|>```JSON\n{ \n   "api_name": "add","parameters": {\n')
     assert parse_tool_calls("Let me see.\n" + text) == ParsedReply(
         "Let me see.", (add("你\n"), add(2))
     )
+
+
+def test_the_published_call_is_written_back_as_published() -> None:
+    call = {"function": {"name": HOTEL.name, "arguments": HOTEL.arguments}}
+    assert TRANSCRIPT == f"好的，马上为您查询。\n{render_tool_calls([call])}"
 
 
 @pytest.mark.parametrize(

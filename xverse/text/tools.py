@@ -1,10 +1,9 @@
 """FUNCTION CALLS <-> TEXT. Tools into the prompt's preamble, calls out of the model's answer.
 
-What XVERSE published: the preamble is the first user message. It says that a call is a JSON object
-with `api_name`, `url` and `parameters` between <|startofthink|> and <|endofthink|>, lists the tools
-as numbered JSON, gives the current time, and ends with the question; answers leave `url` out, and
-put the JSON in a ```JSON fence. The Chinese sentences of the instruction here are our wording of
-that. The two marks are ordinary text to the tokenizer, not special tokens.
+What XVERSE published (README of XVERSE-13B, Apache-2.0): the preamble is the first user message. It
+tells how to call, lists the tools as numbered JSON, gives the current time, and ends with the
+question. A call is a JSON object between <|startofthink|> and <|endofthink|>; the published answer
+leaves `url` out and has a ```JSON fence. The two marks are ordinary text to the tokenizer.
 """
 
 import json
@@ -16,11 +15,15 @@ from datetime import datetime
 from xverse.errors import XverseError
 
 START, END = "<|startofthink|>", "<|endofthink|>"
+# Word for word what the models were trained on: a constant of the format, as "Human: " is
+# (docs/decisions/0005-preamble.md).
 INSTRUCTION = (
-    "你可以调用下面列出的插件来完成用户的任务，请先判断当前问题是否需要插件。"
-    "需要时，请给出JSON格式的调用请求，请求中包含api_name、url、parameters字段，"
-    f"并放在{START}和{END}之间，收到插件返回的结果后再据此回答；不需要时，请直接回答。"
-    "可用的插件如下："
+    "你是个大语言模型，有多种能力，可以通过插件集成api来回复用户的问题，"
+    "还能解答用户使用模型遇到的问题和模型知识相关问答。目前支持的插件信息如下，"
+    "请自行判断是否需要调用插件来解决当前用户问题。若需要调用插件，"
+    "则需要将插件调用请求按照json格式给出，必须包含api_name、url、parameters字段，"
+    f"并在其前后使用{START}和{END}作为标志。然后你需要根据插件API调用结果生成合理的答复；"
+    "若无需调用插件，则直接给出对应回复即可："
 )
 FIX = 'Give tools in OpenAI\'s form: {"type": "function", "function": {"name": ..., ...}}.'
 
@@ -62,12 +65,15 @@ def render_tool_calls(calls: object) -> str:
         raise XverseError(
             f"tool_calls is {calls!r:.80}.", "It is a list of function calls.", "Send a list."
         )
-    written = [_as_call(call) for call in calls]
-    bodies = [
-        json.dumps({"api_name": call.name, "parameters": call.arguments}, ensure_ascii=False)
-        for call in written
-    ]
-    return "\n".join(f"{START}```JSON\n{body}\n```{END}" for body in bodies)
+    return "\n".join(_written(_as_call(call)) for call in calls)
+
+
+def _written(call: ToolCall) -> str:
+    """A call in the spelling of the published transcript."""
+    parameters = json.dumps(call.arguments, ensure_ascii=False, indent=3).replace("\n", "\n   ")
+    name = json.dumps(call.name, ensure_ascii=False)
+    body = f'{{ \n   "api_name": {name},"parameters": {parameters}\n}}'
+    return f"{START}```JSON\n{body}```{END}"
 
 
 def parse_tool_calls(text: str) -> ParsedReply:

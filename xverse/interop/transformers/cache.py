@@ -26,6 +26,9 @@ class HuggingFaceKV:
             mask = mask.bool()
             mask = None if bool(mask.all()) else mask
         self.mask = mask
+        # Static caches of early 5.x are told where to write; later ones count by themselves.
+        new = torch.arange(self.past, self.past + self.tokens, device=positions_BT.device)
+        self._places = {"cache_position": new}
         self._visible: dict[int, Tensor | None] = {}  # by how many keys there are
 
     def lengths(self) -> Tensor:
@@ -39,10 +42,10 @@ class HuggingFaceKV:
             x.unflatten(0, size).transpose(1, 2) for x in (q_THE, k_TKE, v_TKE)
         )
         if self.cache is not None:
-            k_BKSE, v_BKSE = self.cache.update(k_BKSE, v_BKSE, layer)
+            k_BKSE, v_BKSE = self.cache.update(k_BKSE, v_BKSE, layer, self._places)
         seen = k_BKSE.shape[2]
         if seen not in self._visible:
-            self._visible[seen] = self._look(seen, q_THE.device)
+            self._visible[seen] = self._look(seen)
         mask = self._visible[seen]
         mixed_BHTE = functional.scaled_dot_product_attention(
             q_BHTE,
@@ -54,15 +57,15 @@ class HuggingFaceKV:
         )
         return mixed_BHTE.transpose(1, 2).flatten(0, 1)
 
-    def _look(self, seen: int, device: torch.device) -> Tensor | None:
+    def _look(self, seen: int) -> Tensor | None:
         """Which of `seen` keys each query sees, [B, 1, T, S]; None for plain causal attention."""
         mask = self.mask
         if mask is not None and mask.dim() == 4:
             return mask
         if mask is None and seen == self.past + self.tokens and self.tokens in (1, seen):
             return None
-        queries_T = torch.arange(self.past, self.past + self.tokens, device=device)
-        keys_S = torch.arange(seen, device=device)
+        queries_T = self._places["cache_position"]
+        keys_S = torch.arange(seen, device=queries_T.device)
         causal_TS = keys_S <= queries_T[:, None]
         if mask is None:
             return causal_TS[None, None]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,17 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         x_BTD = x_TD.unflatten(0, ids_BT.shape)
         kept = x_BTD[:, -keep:] if isinstance(keep, int) else x_BTD[:, keep]
         return self.decoder.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *inputs: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, less what early 5.x versions add and `forward` has no need of.
+
+        It looks for a parameter named `kwargs`, to check the arguments of `generate` by.
+        """
+        prepared = super().prepare_inputs_for_generation(input_ids, *inputs, **kwargs)  # type: ignore[misc]
+        dropped = ("cache_position", "inputs_embeds")
+        return {key: value for key, value in prepared.items() if key not in dropped}
 
     @overload
     def chat(
