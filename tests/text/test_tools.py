@@ -181,7 +181,7 @@ def test_calls_written_back_are_read_alike() -> None:
 
 def test_the_published_call_is_written_back_as_published() -> None:
     call = {"function": {"name": HOTEL.name, "arguments": HOTEL.arguments}}
-    assert TRANSCRIPT == f"好的，马上为您查询。\n{render_tool_calls([call])}"
+    assert f"好的，马上为您查询。\n{render_tool_calls([call])}" == TRANSCRIPT
 
 
 @pytest.mark.parametrize(
