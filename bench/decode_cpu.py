@@ -1,20 +1,22 @@
 """SECONDS PER TOKEN ON A CPU. SmolLM2 decoding here, in transformers and in llama.cpp, in turn.
 
-The same GGUF everywhere. Ours and transformers compute in bf16 from equal weights and must give
-the same first tokens; llama.cpp reads the Q4_1 blocks themselves, a third of the bytes, and bf16
-as well where its own conversion of the file can be made. Rounds alternate, so that a busy
-neighbour slows all; the figure is the median, and what counts is the ratio.
+Ours and transformers compute in bf16 from the same weights, those of the GGUF dequantized, and
+must agree on the first tokens before anything is timed. llama.cpp reads the file's Q4_1 blocks
+themselves, about a third of the bytes. Rounds alternate, so that a busy neighbour slows all; the
+figure is the median, and what counts is the ratio.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from bench.record import record
 from xverse import LLM, Sampling
+from xverse.checkpoint.gguf import GgufFile, GgufWeights
 from xverse.checkpoint.resolve import resolve
 
 TOKENS = 128
@@ -22,85 +24,76 @@ ROUNDS = 7
 PROMPT = "The history of the printing press begins in"
 
 
-def ours(file: Path) -> tuple[list[int], Callable[[], int]]:
-    """The prompt's ids, and a function that decodes and returns how many tokens came."""
-    llm = LLM(file, dtype="bfloat16")
+def ours(llm: LLM) -> Callable[[], list[int]]:
+    """Decoding by `LLM.generate`."""
     greedy = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    return llm.tokenizer.encode(PROMPT), lambda: len(llm.generate(PROMPT, greedy).tokens)
+    return lambda: list(llm.generate(PROMPT, greedy).tokens)
 
 
-def transformers_generate(file: Path, ids: list[int]) -> Callable[[], int]:
-    """`generate` of transformers on the same weights in bf16."""
-    from transformers import AutoModelForCausalLM
+def transformers_generate(llm: LLM, file: Path, ids: list[int]) -> Callable[[], list[int]]:
+    """`generate` of transformers' Llama with the weights that ours has."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
-    ).eval()
+    config = LlamaConfig(**llm.model.checkpoint.shape.to_config(), dtype="bfloat16")
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    weights = GgufWeights(GgufFile.open(file))
+    state = {name: weights.read(name, torch.bfloat16) for name in weights.infos()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing in ([], ["lm_head.weight"]), missing  # tied
     prompt = torch.tensor([ids])
+    greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
 
-    def generate() -> int:
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return int(out.shape[1]) - len(ids)
+    def generate() -> list[int]:
+        mask = torch.ones_like(prompt)
+        out = model.generate(prompt, attention_mask=mask, generation_config=greedy)
+        assert isinstance(out, torch.Tensor)
+        return out[0, len(ids) :].tolist()
 
     return generate
 
 
-def llama_cpp(file: Path, ids: list[int]) -> Callable[[], int]:
+def llama_cpp(file: Path, ids: list[int]) -> Callable[[], list[int]]:
     """llama.cpp reading the file's own Q4_1 blocks."""
     from llama_cpp import Llama
 
-    llama = Llama(
-        str(file), n_ctx=512, n_threads=torch.get_num_threads(), verbose=False, logits_all=False
-    )
-
-    def generate() -> int:
-        llama.reset()
-        count = 0
-        for _ in llama.generate(ids, temp=0.0):
-            count += 1
-            if count == TOKENS:
-                return count
-        return count
-
-    return generate
+    threads = torch.get_num_threads()
+    llama = Llama(str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    return lambda: list(islice(llama.generate(ids, temp=0.0), TOKENS))
 
 
 def main() -> None:
     file = resolve("smollm2")
-    ids, mine = ours(file)
-    runs = {"xverse bf16": mine, "transformers bf16": transformers_generate(file, ids)}
+    llm = LLM(file, dtype="bfloat16")
+    ids = llm.tokenizer.encode(PROMPT)
+    runs = {
+        "xverse bf16": ours(llm),
+        "transformers bf16": transformers_generate(llm, file, ids),
+    }
     try:
         runs["llama.cpp Q4_1"] = llama_cpp(file, ids)
     except ImportError:
         print("llama-cpp-python is not installed; `make bench` installs it")
+    first = {name: run() for name, run in runs.items()}  # warms up, too
+    assert first["xverse bf16"][:8] == first["transformers bf16"][:8], first
     speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # warm
-        run()
     for _ in range(ROUNDS):
         for name, run in runs.items():
             start = time.perf_counter()
-            count = run()
+            count = len(run())
+            assert count == TOKENS, (name, count)
             speeds[name].append(count / (time.perf_counter() - start))
     medians = {name: round(statistics.median(values), 2) for name, values in speeds.items()}
+    ratios = {name: round(medians["xverse bf16"] / value, 3) for name, value in medians.items()}
     figures: dict[str, object] = {
         "model": "SmolLM2-135M-Instruct",
         "prompt_tokens": len(ids),
         "new_tokens": TOKENS,
         "tokens_per_s_median": medians,
         "tokens_per_s_all": {name: [round(v, 2) for v in vs] for name, vs in speeds.items()},
-        "ratio_to_xverse": {
-            name: round(medians["xverse bf16"] / value, 3) for name, value in medians.items()
-        },
+        "xverse_is_times_as_fast_as": ratios,
     }
     for name, value in medians.items():
-        print(f"{name:<20} {value:8.1f} tokens/s   xverse is {figures['ratio_to_xverse'][name]}x")  # type: ignore[index]
+        print(f"{name:<20} {value:8.1f} tokens/s   xverse is {ratios[name]}x")
     print(record("decode_cpu", figures, ("transformers", "llama-cpp-python", "tokenizers")))
 
 

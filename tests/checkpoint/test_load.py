@@ -17,9 +17,10 @@ from tests.tiny_model import (
 from xverse import XverseError
 from xverse.checkpoint.convert import convert_to_safetensors, save_weights
 from xverse.checkpoint.load import load
+from xverse.checkpoint.save import published_tensors
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
-from xverse.quant.linear import QuantizedLinear, to_disk
+from xverse.quant.linear import QuantizedLinear
 from xverse.quant.quantize import quantize
 
 
@@ -65,26 +66,11 @@ def test_dtype_is_the_folders_or_the_one_asked_for(tmp_path: Path) -> None:
 def test_a_quantized_folder_comes_back_bit_for_bit(tmp_path: Path, bits: int, moe: bool) -> None:
     config = published_config(moe=moe)
     decoder = quantize(random_decoder(config), bits)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, QuantizedLinear) and module.weight.dim() == 3:
-            above, projection = name.rsplit(".", 1)
-            for expert in range(len(module.weight)):
-                one = QuantizedLinear(
-                    module.weight[expert], module.scale[expert], None, module.scheme
-                )
-                for part, tensor in to_disk(one).items():
-                    tensors[f"{above}.{expert}.{projection}.{part}"] = tensor.contiguous()
-        elif isinstance(module, QuantizedLinear):
-            for part, tensor in to_disk(module).items():
-                tensors[f"{name}.{part}"] = tensor.contiguous()
-    for name, parameter in decoder.named_parameters():
-        tensors[name] = parameter.data
     folder = tmp_path / "small"
     write_published_folder(folder, shards=1)
     for file in folder.glob("pytorch_model*"):
         file.unlink()
-    save_weights(tensors.items(), folder)
+    save_weights(published_tensors(decoder), folder)
     scheme = next(m.scheme for m in decoder.modules() if isinstance(m, QuantizedLinear))
     config["quantization_config"] = scheme.to_config()
     (folder / "config.json").write_text(json.dumps(config))

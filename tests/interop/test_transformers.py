@@ -130,6 +130,45 @@ class TestTokenizer:
         )
         assert text == expected
 
+    def test_template_ids_are_those_of_chat(self, folder: Path) -> None:
+        """Exact ids, single and batched, padded, as tensors, with the assistant's mask."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        ours = Tokenizer.load(folder)
+        config = json.loads((folder / "config.json").read_text())
+        chat = chat_format(config, ours)
+        exact = chat.render(HISTORY, ours)
+        one = tokenizer.apply_chat_template(HISTORY, add_generation_prompt=True)
+        assert one["input_ids"] == exact.ids
+        assert one["attention_mask"] == [1] * len(exact.ids)
+        joint = tokenizer(
+            tokenizer.apply_chat_template(HISTORY, tokenize=False, add_generation_prompt=True)
+        )
+        assert joint["input_ids"] != exact.ids  # "The" after a role's space: why it matters
+        plain = tokenizer.apply_chat_template(
+            HISTORY, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        assert plain.tolist() == [exact.ids]
+        trained = chat.render(HISTORY[:2], ours)
+        both = tokenizer.apply_chat_template(
+            [HISTORY, HISTORY[:2]],
+            padding=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+        )
+        whole = chat.render(HISTORY, ours, add_generation_prompt=False)
+        pad = [1] * (len(whole.ids) - len(trained.ids))
+        assert both["input_ids"].tolist() == [whole.ids, pad + trained.ids]
+        mask = [0] * len(pad) + [int(on) for on in trained.mask]
+        assert both["assistant_masks"].tolist()[1] == mask
+
+    def test_a_template_of_the_users_own_is_used(self, folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+        given = tokenizer.apply_chat_template(HISTORY[:1], chat_template=own)
+        assert given["input_ids"] == tokenizer("<你好>")["input_ids"]
+        tokenizer.chat_template = own
+        assert tokenizer.apply_chat_template(HISTORY[:1])["input_ids"] == given["input_ids"]
+
     def test_a_damaged_one_is_an_error_of_ours(self, folder: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(folder, tmp_path / "copy")
         (copy / "tokenizer.json").write_text('{"model": {}}')

@@ -12,6 +12,7 @@ from xverse import device as devices
 from xverse.checkpoint import gguf, gguf_tokenizer
 from xverse.checkpoint.folder import ModelFolder
 from xverse.checkpoint.resolve import resolve, title_of
+from xverse.checkpoint.save import expert_name
 from xverse.checkpoint.weights import TensorInfo, Weights, open_weights
 from xverse.errors import XverseError
 from xverse.log import logger, progress
@@ -160,8 +161,8 @@ class _Reader:
 
     def _stacked(self, module: StackedLinear, prefix: str) -> None:
         stacked = torch.empty(module.weight.shape, dtype=self.dtype, device=self.device)
-        for name, place in zip(_expert_names(prefix, len(stacked)), stacked, strict=True):
-            place.copy_(self._read(f"{name}.weight", place.shape))
+        for number, place in enumerate(stacked):
+            place.copy_(self._read(f"{expert_name(prefix, number)}.weight", place.shape))
         module.weight = nn.Parameter(stacked, requires_grad=False)
 
     def _quantized(self, module: QuantizedLinear, prefix: str) -> None:
@@ -169,7 +170,10 @@ class _Reader:
         columns = module.weight.shape[-1] * (2 if module.scheme.bits == 4 else 1)
         words = torch.Size((rows, columns * module.scheme.bits // 32))
         weights, scales = [], []
-        for name in _expert_names(prefix, experts[0]) if experts else [prefix]:
+        names = (
+            [expert_name(prefix, number) for number in range(experts[0])] if experts else [prefix]
+        )
+        for name in names:
             packed = self._read(f"{name}.weight_packed", words, torch.int32)
             weights.append(integers_from_disk(packed.cpu(), module.scheme).to(self.device))
             scales.append(self._read(f"{name}.weight_scale", torch.Size((rows, 1)))[:, 0])
@@ -196,12 +200,6 @@ class _Reader:
                 "Fetch both from the same place again.",
             )
         self.asked.add(name)
-
-
-def _expert_names(prefix: str, experts: int) -> list[str]:
-    """`...experts.gate_proj` -> the published names, `...experts.0.gate_proj` and on."""
-    above, _, projection = prefix.rpartition(".")
-    return [f"{above}.{expert}.{projection}" for expert in range(experts)]
 
 
 def _is_gguf(path: Path) -> bool:

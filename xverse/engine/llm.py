@@ -10,10 +10,9 @@ from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.engine.request import Answer, Finish, Piece, Sampling, Token
 from xverse.engine.simple import decode
 from xverse.errors import XverseError
-from xverse.log import logger
 from xverse.model.fuse import fuse
 from xverse.quant.quantize import quantize as quantize_decoder
-from xverse.text.chat import Cut, Encoded, chat_format, prompt_budget
+from xverse.text.chat import Encoded, encode_prompt
 from xverse.text.stream import TextStream
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
@@ -94,19 +93,14 @@ class LLM:
         tools: Sequence[Mapping[str, object]] | None = None,
     ) -> Encoded:
         """The exact prompt of a conversation; what the history budget took away is logged."""
-        checkpoint = self.model.checkpoint
-        wanted = self._filled(sampling).max_tokens
-        answer_tokens = min(wanted or 2048, self.context // 2)
-        config = {"max_position_embeddings": self.context, **checkpoint.config}
-        encoded = chat_format(checkpoint.config, self.tokenizer).render(
+        return encode_prompt(
             messages,
             self.tokenizer,
-            max_prompt_tokens=prompt_budget(config, answer_tokens),
+            self.model.checkpoint.config,
+            context=self.context,
+            max_new_tokens=self._filled(sampling).max_tokens,
             tools=tools,
         )
-        if encoded.cut is not None:
-            logger.warning(_in_words(encoded.cut))
-        return encoded
 
     @property
     def context(self) -> int:
@@ -197,10 +191,3 @@ class _Output:
     def answer(self, prompt_tokens: int) -> Answer:
         assert self.finish is not None, "every prompt ends"
         return Answer("".join(self.texts), tuple(self.tokens), self.finish, prompt_tokens)
-
-
-def _in_words(cut: Cut) -> str:
-    parts = [f"{cut.messages} earlier messages left out"] if cut.messages else []
-    parts += ["the system message among them"] if cut.system else []
-    parts += [f"the last message cut by {cut.tokens} tokens"] if cut.tokens else []
-    return f"the conversation is longer than the prompt may be: {', '.join(parts)}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from xverse.errors import XverseError
+from xverse.log import logger
 from xverse.text.message import ChatFormat, Cut, Encoded, Message, check_messages
 from xverse.text.template import TemplateFormat
 from xverse.text.tokenizer import Tokenizer
@@ -35,8 +36,11 @@ __all__ = [
     "TemplateFormat",
     "XverseFormat",
     "chat_format",
+    "encode_prompt",
     "prompt_budget",
 ]
+
+DEFAULT_ANSWER_TOKENS = 2048  # max_new_tokens of the published generation_config.json
 
 TEMPLATE = """\
 {% set prefixes = PREFIXES %}
@@ -289,6 +293,29 @@ def prompt_budget(config: Mapping[str, object], max_new_tokens: int) -> int:
     if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
         budget = min(budget, limit)
     return budget
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    config: Mapping[str, object],
+    *,
+    context: int,
+    max_new_tokens: int | None,
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> Encoded:
+    """The prompt of a conversation within the history budget; what that takes away is logged.
+
+    `config` is the model's config.json, `context` the tokens that prompt and answer share.
+    """
+    fields = {"max_position_embeddings": context, **config}
+    answer = min(max_new_tokens or DEFAULT_ANSWER_TOKENS, context // 2)
+    encoded = chat_format(config, tokenizer).render(
+        messages, tokenizer, max_prompt_tokens=prompt_budget(fields, answer), tools=tools
+    )
+    if encoded.cut is not None:
+        logger.warning("the conversation is longer than the prompt may be: %s", encoded.cut)
+    return encoded
 
 
 def _rounds(turns: Sequence[Turn]) -> list[list[Turn]]:

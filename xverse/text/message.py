@@ -20,6 +20,12 @@ class Cut:
     tokens: int
     system: bool
 
+    def __str__(self) -> str:
+        parts = [f"{self.messages} earlier messages left out"] if self.messages else []
+        parts += ["the system message among them"] if self.system else []
+        parts += [f"the last message cut by {self.tokens} tokens"] if self.tokens else []
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -13,14 +13,12 @@ from xverse.engine.request import Sampling
 from xverse.engine.simple import decode
 from xverse.errors import XverseError
 from xverse.interop.transformers.config import XverseConfig
-from xverse.log import logger
 from xverse.model.decoder import Decoder
-from xverse.text.chat import Message, chat_format, prompt_budget
+from xverse.text.chat import Message, encode_prompt
 from xverse.text.stream import TextStream
 from xverse.text.tokenizer import Tokenizer
 
 AnyTokenizer = PreTrainedTokenizerFast | Tokenizer
-DEFAULT_ANSWER_TOKENS = 2048  # published generation_config.json
 
 
 def answer(
@@ -53,16 +51,14 @@ def prompt_ids(
     messages: Sequence[Message],
     max_new_tokens: int | None,
 ) -> list[int]:
-    """The prompt of a conversation by the model's chat format; what is cut off it is logged."""
-    context = decoder.shape.context_length
-    answer_tokens = min(max_new_tokens or DEFAULT_ANSWER_TOKENS, context // 2)
-    fields = {"max_position_embeddings": context, **config.to_published()}
-    encoded = chat_format(fields, tokenizer).render(
-        messages, tokenizer, max_prompt_tokens=prompt_budget(fields, answer_tokens)
-    )
-    if encoded.cut is not None:
-        logger.warning("the conversation is longer than the prompt may be: %s", encoded.cut)
-    return encoded.ids
+    """The prompt of a conversation by the model's chat format."""
+    return encode_prompt(
+        messages,
+        tokenizer,
+        config.to_published(),
+        context=decoder.shape.context_length,
+        max_new_tokens=max_new_tokens,
+    ).ids
 
 
 def text_tokenizer(tokenizer: AnyTokenizer) -> Tokenizer:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from xverse.checkpoint.convert import MAX_SHARD_BYTES
+from xverse.checkpoint.save import published_tensors
 from xverse.errors import XverseError
 from xverse.interop.transformers import chat, load, save
 from xverse.interop.transformers.cache import HuggingFaceKV, positions_of
@@ -196,7 +198,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = save.MAX_SHARD_BYTES,
+        max_shard_size: int | str = MAX_SHARD_BYTES,
         safe_serialization: bool = True,
     ) -> None:
         """Write safetensors under the published names, config.json and generation_config.json.
@@ -210,7 +212,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
                 "Leave the argument out.",
             )
         if is_main_process:
-            tensors = save.published_tensors(self.decoder, state_dict or self.state_dict())
+            tensors = published_tensors(self.decoder, state_dict or self.state_dict())
             save.save(tensors, self.config, self.generation_config, save_directory, max_shard_size)
 
     def get_input_embeddings(self) -> nn.Module:

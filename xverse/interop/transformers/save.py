@@ -1,22 +1,17 @@
-"""MODEL -> FOLDER. Published tensor names, one expert at a time, as every reader knows them."""
+"""MODEL -> FOLDER. A model of transformers' kind as a folder that every reader knows."""
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from xverse.checkpoint.convert import INDEX, MAX_SHARD_BYTES, save_weights
+from xverse.checkpoint.convert import INDEX, save_weights
 from xverse.checkpoint.folder import read_json, write_json
 from xverse.errors import XverseError
 from xverse.interop.transformers.config import XverseConfig
-from xverse.model.decoder import Decoder
-from xverse.model.linear import StackedLinear
-from xverse.quant.linear import QuantizedLinear, to_disk
-
-__all__ = ["MAX_SHARD_BYTES", "published_tensors", "save"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -40,40 +35,6 @@ def save(
     write_json(target / "config.json", fields)
     if generation_config is not None:
         write_json(target / "generation_config.json", generation_config.to_diff_dict())
-
-
-def published_tensors(
-    decoder: Decoder, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `state` under their names on disk, experts apart, quantized ones packed."""
-    for prefix, module in decoder.named_modules():
-        if isinstance(module, QuantizedLinear):
-            yield from _quantized(prefix, module)
-        elif isinstance(module, StackedLinear):
-            for number, weight in enumerate(state[f"{prefix}.weight"]):
-                yield f"{_of_expert(prefix, number)}.weight", weight
-        else:
-            for name, _ in module.named_parameters(recurse=False):
-                yield f"{prefix}.{name}", state[f"{prefix}.{name}"]
-
-
-def _quantized(prefix: str, layer: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
-    bias = None if layer.bias is None else layer.bias.detach().cpu()
-    weight, scale = layer.weight.cpu(), layer.scale.cpu()
-    if weight.dim() == 2:
-        one = QuantizedLinear(weight, scale, bias, layer.scheme)
-        yield from ((f"{prefix}.{name}", tensor) for name, tensor in to_disk(one).items())
-        return
-    for number in range(len(weight)):
-        one = QuantizedLinear(weight[number], scale[number], None, layer.scheme)
-        for name, tensor in to_disk(one).items():
-            yield f"{_of_expert(prefix, number)}.{name}", tensor
-
-
-def _of_expert(prefix: str, number: int) -> str:
-    """`...experts.gate_proj` -> `...experts.0.gate_proj`."""
-    above, _, projection = prefix.rpartition(".")
-    return f"{above}.{number}.{projection}"
 
 
 def _bytes(size: int | str) -> int:
