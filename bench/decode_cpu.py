@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,8 +35,8 @@ def transformers_generate(llm: LLM, file: Path, ids: list[int]) -> Callable[[], 
     """`generate` of transformers' Llama with the weights that ours has."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**llm.model.checkpoint.shape.to_config(), dtype="bfloat16")
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    shape: dict[str, Any] = llm.model.checkpoint.shape.to_config()
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().eval()
     weights = GgufWeights(GgufFile.open(file))
     state = {name: weights.read(name, torch.bfloat16) for name in weights.infos()}
     missing = model.load_state_dict(state, strict=False).missing_keys
@@ -46,8 +47,8 @@ def transformers_generate(llm: LLM, file: Path, ids: list[int]) -> Callable[[], 
     def generate() -> list[int]:
         mask = torch.ones_like(prompt)
         out = model.generate(prompt, attention_mask=mask, generation_config=greedy)
-        assert isinstance(out, torch.Tensor)
-        return out[0, len(ids) :].tolist()
+        new: list[int] = out[0, len(ids) :].tolist()
+        return new
 
     return generate
 
