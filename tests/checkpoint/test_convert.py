@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tests.text.tiny import write_tiny_tokenizer
 from xverse.checkpoint.convert import convert_to_safetensors, save_weights
-from xverse.checkpoint.folder import read_json, verify_manifest
+from xverse.checkpoint.folder import verify_manifest
 from xverse.checkpoint.weights import open_weights
 from xverse.errors import XverseError
+from xverse.files import read_json
 from xverse.text.tokenizer import Tokenizer
 
 CONFIG = {"model_type": "xverse", "auto_map": {"AutoModel": "modeling_xverse.X"}, "hidden_size": 4}

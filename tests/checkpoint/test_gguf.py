@@ -147,9 +147,8 @@ def with_llama3_divisors(stretch: float) -> Draft:
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     shape = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 32 // HEAD_DIM}
     shape |= {"vocab_size": 9, "intermediate_size": 9, "num_hidden_layers": 1, "rope_theta": 5e5}
-    cpu = torch.device("cpu")
-    plain = inverse_frequencies(ModelShape.from_config(shape), cpu)
-    scaled = inverse_frequencies(ModelShape.from_config({**shape, "rope_scaling": scaling}), cpu)
+    plain = inverse_frequencies(ModelShape.from_config(shape))
+    scaled = inverse_frequencies(ModelShape.from_config({**shape, "rope_scaling": scaling}))
     divisors = plain / scaled
     divisors[-1] *= stretch
     add(draft, "rope_freqs.weight", divisors)

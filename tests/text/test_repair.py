@@ -9,7 +9,8 @@ import pytest
 
 from tests.text.tiny import tiny_tokenizer_json, write_tiny_tokenizer
 from xverse.errors import XverseError
-from xverse.text.repair import modernize, read_json
+from xverse.files import read_json
+from xverse.text.repair import modernize
 from xverse.text.tokenizer import Tokenizer
 
 Json = dict[str, object]

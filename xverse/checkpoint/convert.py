@@ -10,16 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xverse.checkpoint.folder import (
-    MANIFEST,
-    ModelFolder,
-    is_there,
-    require_file,
-    write_json,
-    write_manifest,
-)
+from xverse.checkpoint.folder import MANIFEST, ModelFolder, write_manifest
 from xverse.checkpoint.weights import SAFETENSORS_DTYPES, TensorInfo, Weights, open_weights
 from xverse.errors import XverseError
+from xverse.files import is_there, require_file, write_json
 from xverse.log import logger, progress
 from xverse.text.chat import chat_format
 from xverse.text.tokenizer import Tokenizer

@@ -10,16 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from xverse.checkpoint.archive import Malformed, Member, read_members
-from xverse.checkpoint.folder import (
-    DOWNLOAD_AGAIN,
-    is_there,
-    parse_json,
-    read_json,
-    require_file,
-    require_folder,
-)
+from xverse.checkpoint.folder import require_folder
 from xverse.checkpoint.pickles import StoredTensor, read_pickle
 from xverse.errors import XverseError
+from xverse.files import DOWNLOAD_AGAIN, is_there, parse_json, read_json, require_file
 from xverse.log import logger
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

@@ -1,40 +1,18 @@
 """OLD FILE -> MODERN FILE. Tokenizer JSON is read, and what today's libraries refuse is mended."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from xverse.errors import XverseError
+from xverse.files import read_json
 
 MAX_FILE_BYTES = 256 << 20  # the largest published tokenizer.json is about 35 MB
 DAMAGED = "Download the file again, or take tokenizer.json from the model's original folder."
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in the file `path`; XverseError where it can't be read or is none."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise XverseError(
-                f"{path} is too large.",
-                f"It has {size:,} bytes; no tokenizer or config file needs {MAX_FILE_BYTES:,}.",
-                DAMAGED,
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise XverseError(f"{path} can't be read.", str(error), "Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise XverseError(f"{path} is not valid JSON.", f"{error}", DAMAGED) from error
-    if not isinstance(content, dict):
-        raise XverseError(
-            f"{path} holds no JSON object.", f"It holds a {type(content).__name__}.", DAMAGED
-        )
-    return content
-
-
 def read_optional(path: Path) -> dict[str, object]:
-    """As `read_json`, and {} where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    """The JSON object in the file `path`; {} where there is no such file."""
+    return read_json(path, max_bytes=MAX_FILE_BYTES) if path.is_file() else {}
 
 
 def modernize(tokenizer: dict[str, object]) -> bool:

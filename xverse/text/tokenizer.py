@@ -10,12 +10,13 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from xverse.errors import XverseError
+from xverse.files import read_json
 from xverse.log import logger
 from xverse.text.repair import (
     DAMAGED,
+    MAX_FILE_BYTES,
     find_chat_template,
     modernize,
-    read_json,
     read_optional,
     token_text,
 )
@@ -70,7 +71,7 @@ class Tokenizer:
                 "A tokenizer is read from tokenizer.json; tokenizer.model alone is not enough.",
                 "Give a model folder that has tokenizer.json, or the file itself.",
             )
-        content = read_json(file)
+        content = read_json(file, max_bytes=MAX_FILE_BYTES)
         if modernize(content):
             logger.info("%s: Metaspace brought to its modern form", file)
         backend = _guard(

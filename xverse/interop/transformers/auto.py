@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from xverse.errors import XverseError
+from xverse.files import read_json
 from xverse.interop.transformers.config import XverseConfig
 from xverse.interop.transformers.load import HUB_ARGUMENTS, find_folder, is_published
 from xverse.interop.transformers.model import XverseForCausalLM
 from xverse.interop.transformers.tokenizer import XverseTokenizerFast
-from xverse.text.repair import modernize, read_json
+from xverse.text.repair import modernize
 
 Name = str | os.PathLike[str]
 LOADER = "from_pretrained"

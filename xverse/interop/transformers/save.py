@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from xverse.checkpoint.convert import INDEX, save_weights
-from xverse.checkpoint.folder import read_json, write_json
 from xverse.errors import XverseError
+from xverse.files import read_json, write_json
 from xverse.interop.transformers.config import XverseConfig
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

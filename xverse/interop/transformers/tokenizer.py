@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerFast
 
-from xverse.checkpoint.folder import is_there, read_json, write_json
+from xverse.files import is_there, read_json, write_json
 from xverse.interop.transformers.chat import text_tokenizer
 from xverse.interop.transformers.load import find_folder
 from xverse.log import warn_once
