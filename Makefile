@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Virtual machines may report AMX and not grant its tiles; llama.cpp then dies in its first product.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+LLAMA_CMAKE := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)')
 
 .PHONY: help chat test lint format types imports docs bench check clean
 
@@ -32,8 +35,9 @@ imports: .venv/dev.stamp  ## the floors: who may import whom
 docs: .venv/dev.stamp  ## write docs/map.md anew from the first lines of the files
 	$(BIN)/python docs/write_map.py
 
-bench: .venv/dev.stamp  ## speed of decoding on this CPU beside transformers and llama.cpp
-	$(BIN)/python -m pip install --quiet "llama-cpp-python>=0.3.16"
+bench: .venv/dev.stamp  ## on this CPU: speed beside transformers and llama.cpp, equality of logits
+	CMAKE_ARGS="$(LLAMA_CMAKE)" $(BIN)/python -m pip install --quiet "llama-cpp-python>=0.3.16"
+	$(BIN)/python -m bench.parity
 	$(BIN)/python -m bench.decode_cpu
 
 check: lint types imports test  ## everything

@@ -140,6 +140,21 @@ def test_mistakes_have_words_and_codes(capsys: pytest.CaptureFixture[str]) -> No
     assert "fix:" in err
 
 
+def test_export_writes_a_folder_that_chats(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "safe"
+    code, printed, _ = in_process(capsys, "export", str(folder), str(out))
+    assert code == 0
+    assert printed.strip() == str(out)
+    options = ["Hello", "--temperature", "0", "--max-tokens", "9", "--json"]
+    answers = [in_process(capsys, "generate", str(f), *options)[1] for f in (folder, out)]
+    assert answers[0] == answers[1]
+    code, _, err = in_process(capsys, "export", str(folder), str(out))
+    assert code == 1
+    assert "fix:" in err
+
+
 def test_show_tells_shape_and_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "show", "xverse-7b", "--context", "2048", "--json")
     facts = json.loads(out)
