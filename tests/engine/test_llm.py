@@ -38,6 +38,14 @@ def test_a_batch_gives_each_prompt_its_solo_answer(llm: LLM, sampling: Sampling)
     assert len({answer.tokens for answer in alone}) == len(PROMPTS)
 
 
+def test_in_bf16_too(folder: Path) -> None:
+    """Where rounding is coarse, one bit of difference would show within a few tokens."""
+    small = LLM(folder)
+    many = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=100, ignore_eos=True)
+    together = small.generate(PROMPTS, many)
+    assert together == [small.generate(prompt, many) for prompt in PROMPTS]
+
+
 def test_streams_join_to_the_answer(llm: LLM) -> None:
     for prompt in PROMPTS:
         whole = llm.generate(prompt, RANDOM)

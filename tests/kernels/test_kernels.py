@@ -64,6 +64,16 @@ def test_linear_in_bf16_sums_in_fp32(tokens: int, bias: bool) -> None:
     assert fast.shape == (tokens, 64)
 
 
+def test_company_changes_no_bit_of_a_row() -> None:
+    x, weight = seeded(16, 512, dtype=torch.bfloat16), seeded(200, 512, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        together = multiply.linear(x, weight)
+        for rows in (1, 2, 5, 15):
+            for start in range(0, 16 - rows, 3):
+                alone = multiply.linear(x[start : start + rows], weight)
+                assert torch.equal(alone, together[start : start + rows])
+
+
 def test_router_weights_sum_to_one_and_are_the_largest() -> None:
     x, router = seeded(20, 32), seeded(8, 32)
     weights, experts = reference.route(x, router, 3)

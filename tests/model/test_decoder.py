@@ -166,19 +166,6 @@ def test_slabs_grow_without_losing_anything() -> None:
     assert torch.allclose(torch.cat(got), full(decoder, ids)[10:], atol=1e-4)
 
 
-def test_what_the_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short sequence beside a long one reads masked places of its slab."""
-    decoder = initialize(Decoder(ModelShape.from_config(BASE)), std=0.1).requires_grad_(False)
-
-    def dirty(slab: Tensor, *size: int) -> Tensor:
-        return torch.full(size, float("nan"), dtype=slab.dtype)
-
-    monkeypatch.setattr(Tensor, "new_empty", dirty)
-    kv = Growing(decoder.shape, 2, dtype=torch.float32)
-    decoder(random_ids(12), kv.extend([10, 2]), kv)
-    assert decoder(random_ids(2), kv.extend([1, 1]), kv).isfinite().all()
-
-
 def test_packed_documents_do_not_see_each_other() -> None:
     decoder = initialize(Decoder(ModelShape.from_config(BASE)), std=0.1).requires_grad_(False)
     ids = random_ids(30)

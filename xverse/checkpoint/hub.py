@@ -220,7 +220,9 @@ def _instead(
     try:
         folder = _local(hub, model_id, root, revision, include_weights)
     except XverseError as local:
-        raise XverseError(error.what, f"{error.why} And here: {local.why}", error.fix) from error
+        raise XverseError(
+            error.what, f"{error.why.rstrip('.')}. And here: {local.why}", error.fix
+        ) from error
     logger.warning("the hub does not answer (%s); using the copy at %s", error.why, folder)
     return folder
 

@@ -3,6 +3,7 @@
 The specification of decoding: whatever is faster must give the same tokens as this.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -33,13 +34,16 @@ def decode(
     device = next(decoder.parameters()).device
     dtype = decoder.model.embed_tokens.weight.dtype
     kv = Growing(decoder.shape, len(seen), dtype=dtype, device=device)
-    new: dict[int, list[int]] = dict(enumerate(seen))  # what each live prompt brings next
-    while new:
-        ids = torch.tensor([id for fresh in new.values() for id in fresh], device=device)
-        counts = [len(new.get(row, ())) for row in range(len(seen))]
-        last = torch.tensor([len(fresh) for fresh in new.values()], device=device).cumsum(0) - 1
+    # Prompts one by one, then a step for all: each is computed as it would be alone.
+    coming = deque({row: ids} for row, ids in enumerate(seen))
+    new: dict[int, list[int]] = {}  # what each prompt that goes on brings next
+    while coming or new:
+        step = coming.popleft() if coming else new
+        ids = torch.tensor([id for fresh in step.values() for id in fresh], device=device)
+        counts = [len(step.get(row, ())) for row in range(len(seen))]
+        last = torch.tensor([len(fresh) for fresh in step.values()], device=device).cumsum(0) - 1
         logits_BV = decoder(ids, kv.extend(counts), kv, last)
-        for row, logits_V in zip(list(new), logits_BV, strict=True):
+        for row, logits_V in zip(list(step), logits_BV, strict=True):
             chosen = samplers[row].choose(logits_V, seen[row])
             seen[row].append(chosen)
             finish: Finish | None = None
@@ -50,7 +54,7 @@ def decode(
             if finish is None:
                 new[row] = [chosen]
             else:
-                del new[row]
+                new.pop(row, None)
             yield Token(row, chosen, finish)
         for row in ended:
             new.pop(row, None)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xverse.kernels.attend import attend_batch, attend_sequence
+from xverse.kernels.attend import attend_sequence
 from xverse.model.shape import ModelShape
 
 ROOM = 128  # tokens that the first slab has room for beyond the prompt
@@ -79,8 +79,6 @@ class Growing:
         self.capacity = 0
         self.held = [0] * sequences  # tokens each sequence holds
         self.new = [0] * sequences  # of which this many came with the latest `extend`
-        self._rows: Tensor | None = None  # the sequences that bring one token each in this step
-        self._mask_BS: Tensor | None = None
 
     def extend(self, counts: Sequence[int]) -> Tensor:
         """Make room for `counts` new tokens; returns their positions, [T] int64."""
@@ -90,15 +88,6 @@ class Growing:
         if max(self.held) > self.capacity:
             self._reserve(max(2 * self.capacity, max(self.held) + ROOM))
         self.new = list(counts)
-        one_each = len(counts) > 1 and all(count <= 1 for count in counts)
-        self._rows = self._mask_BS = None
-        if one_each:
-            rows = [row for row, count in enumerate(counts) if count]
-            self._rows = torch.tensor(rows, device=self.device)
-            held = torch.tensor([self.held[row] for row in rows], device=self.device)
-            self._last = held - 1
-            self._mask_BS = torch.arange(int(held.max()), device=self.device) < held[:, None]
-            return self._last
         return torch.cat(
             [
                 torch.arange(start, start + count, device=self.device)
@@ -112,15 +101,6 @@ class Growing:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        if self._rows is not None:
-            assert self._mask_BS is not None
-            rows, seen = self._rows, self._mask_BS.shape[1]
-            keys[rows, :, self._last] = k_TKE
-            values[rows, :, self._last] = v_TKE
-            everyone = len(rows) == len(self.held)
-            k_BKSE = (keys if everyone else keys[rows])[:, :, :seen]
-            v_BKSE = (values if everyone else values[rows])[:, :, :seen]
-            return attend_batch(q_THE, k_BKSE, v_BKSE, self._mask_BS)
         mixed, start = [], 0
         for row, (held, count) in enumerate(zip(self.held, self.new, strict=True)):
             if not count:
@@ -133,13 +113,10 @@ class Growing:
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _reserve(self, capacity: int) -> None:
-        """Move everything to larger slabs, one layer after another.
-
-        Zeros, since what a mask hides is still multiplied, and memory as found may hold NaN.
-        """
+        """Move everything to larger slabs, one layer after another."""
         for slabs in (self.keys, self.values):
             for layer, slab in enumerate(slabs):
                 sequences, heads, _, size = slab.shape
-                slabs[layer] = slab.new_zeros(sequences, heads, capacity, size)
+                slabs[layer] = slab.new_empty(sequences, heads, capacity, size)
                 slabs[layer][:, :, : self.capacity] = slab
         self.capacity = capacity
