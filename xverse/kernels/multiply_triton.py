@@ -1,0 +1,311 @@
+"""X, W -> X @ W.T. Matrix products of 1 to 16 tokens on a GPU, at the speed of its memory.
+
+Decoding reads every weight once for a handful of tokens, so these kernels are made to stream: each
+program asks for a whole tile of weights before it needs any of it, and, launched as a programmatic
+dependent (Hopper and later), before the kernel ahead of it has ended. What stands before the
+product (RMSNorm) and after it (bias, SwiGLU, residual) happens on the way.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from xverse.kernels.reference import Norm
+
+MOST_ROWS = 16
+NO_NORM, NORM_IN_FP32, NORM_ROUNDED = 0, 1, 2
+
+
+class Tile(NamedTuple):
+    """How the work is cut: outputs and inputs a tile, tiles a program, warps, loads in flight."""
+
+    outputs: int
+    inputs: int
+    tiles: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+@triton.jit
+def _before(pdl: tl.constexpr):
+    """Wait for the kernel ahead, then let the one behind start; from here on x may be read."""
+    if pdl:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _rounded(sums, bias, rows, live, dtype: tl.constexpr, BIASED: tl.constexpr):
+    """The sums as the plain linear layer gives them: in x's dtype, widened again."""
+    if BIASED:
+        sums += tl.load(bias + rows, live, 0.0).to(tl.float32)
+    return sums.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _swiglu(gate, up, dtype: tl.constexpr):
+    silu = gate / (1.0 + tl.exp(-gate))
+    return (silu.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _by_eights(weights, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Products summed over the eight that one thread loads at once, which saves registers."""
+    products = weights.to(tl.float32) * x[None, :]
+    return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_D // 8, 8]), 2)
+
+
+@triton.jit
+def _one_row(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    outputs,
+    eps,
+    INPUTS: tl.constexpr,
+    NORM: tl.constexpr,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y [N] of one token. Next to the tile in use, the next one is always on its way."""
+    dtype = out_ptr.dtype.element_ty
+    chunks: tl.constexpr = (INPUTS + BLOCK_D - 1) // BLOCK_D
+    column = tl.arange(0, BLOCK_D)
+    row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
+    inside = (row < outputs)[:, None] & (column < INPUTS)[None, :]
+    at = weight_ptr + row[:, None] * INPUTS + column[None, :]
+    other = outputs * INPUTS  # from a row of gate to its row of up
+    weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
+    if GATED:
+        weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
+    _before(PDL)
+
+    scale = 1.0
+    if NORM != 0:
+        squares = tl.zeros([BLOCK_D], tl.float32)
+        for chunk in tl.static_range(chunks):
+            place = chunk * BLOCK_D + column
+            part = tl.load(x_ptr + place, place < INPUTS, 0.0).to(tl.float32)
+            squares += part * part
+        scale = tl.rsqrt(tl.sum(squares) / INPUTS + eps)
+
+    for tile in range(TILES):
+        sums = tl.zeros([BLOCK_N], tl.float32)
+        sums_up = tl.zeros([BLOCK_N], tl.float32)
+        if chunks > 1:
+            products = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
+            products_up = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
+        for chunk in tl.static_range(chunks):
+            now = weights
+            if GATED:
+                now_up = weights_up
+            if chunk + 1 < chunks:
+                place = (chunk + 1) * BLOCK_D + column
+                following = row
+            else:
+                place = column
+                following = row + BLOCK_N
+            if chunk + 1 < chunks or TILES > 1:
+                more = (chunk + 1 < chunks) | (tile + 1 < TILES)
+                inside = (following < outputs)[:, None] & ((place < INPUTS) & more)[None, :]
+                at = weight_ptr + following[:, None] * INPUTS + place[None, :]
+                weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
+                if GATED:
+                    weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
+
+            place = chunk * BLOCK_D + column
+            x = tl.load(x_ptr + place, place < INPUTS, 0.0).to(tl.float32)
+            if NORM == 1:
+                x = (x * scale * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32)).to(
+                    dtype
+                ).to(tl.float32)
+            if NORM == 2:
+                x = (x * scale).to(dtype).to(tl.float32)
+                x = (x * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32)).to(
+                    dtype
+                ).to(tl.float32)
+            if chunks > 1:
+                products += _by_eights(now, x, BLOCK_N, BLOCK_D)
+                if GATED:
+                    products_up += _by_eights(now_up, x, BLOCK_N, BLOCK_D)
+            else:
+                sums = tl.sum(now.to(tl.float32) * x[None, :], 1)
+                if GATED:
+                    sums_up = tl.sum(now_up.to(tl.float32) * x[None, :], 1)
+        if chunks > 1:
+            sums = tl.sum(products, 1)
+            if GATED:
+                sums_up = tl.sum(products_up, 1)
+
+        live = row < outputs
+        y = _rounded(sums, bias_ptr, row, live, dtype, BIASED)
+        if GATED:
+            up = _rounded(sums_up, bias_ptr, row + outputs, live, dtype, BIASED)
+            y = _swiglu(y, up, dtype)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
+        tl.store(out_ptr + row, y.to(dtype), live)
+        row += BLOCK_N
+
+
+@triton.jit
+def _some_rows(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    tokens,
+    outputs,
+    INPUTS: tl.constexpr,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y [T, N] of up to ROWS tokens, transposed: weights are the tall side of the tensor cores."""
+    dtype = out_ptr.dtype.element_ty
+    token = tl.arange(0, ROWS)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < outputs
+    other = outputs * INPUTS
+    column = tl.arange(0, BLOCK_D)
+    sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    _before(PDL)
+    for start in tl.range(0, INPUTS, BLOCK_D, num_stages=STAGES):
+        place = start + column
+        known = place < INPUTS
+        at = weight_ptr + row[:, None] * INPUTS + place[None, :]
+        inside = live[:, None] & known[None, :]
+        weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
+        x = tl.load(
+            x_ptr + place[:, None] + token[None, :] * INPUTS,
+            known[:, None] & (token < tokens)[None, :],
+            0.0,
+        )
+        sums = tl.dot(weights, x, sums, input_precision="ieee")
+        if GATED:
+            weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
+            sums_up = tl.dot(weights_up, x, sums_up, input_precision="ieee")
+    y = _rounded(sums, bias_ptr, row[:, None], live[:, None], dtype, BIASED)
+    if GATED:
+        up = _rounded(sums_up, bias_ptr, row[:, None] + outputs, live[:, None], dtype, BIASED)
+        y = _swiglu(y, up, dtype)
+    place = token[None, :] * outputs + row[:, None]
+    inside = live[:, None] & (token < tokens)[None, :]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + place, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + place, y.to(dtype), inside)
+
+
+@triton.jit
+def _norm_rows(
+    x_ptr,
+    norm_ptr,
+    out_ptr,
+    eps,
+    INPUTS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """RMSNorm of one token a program."""
+    dtype = out_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK_D)
+    known = column < INPUTS
+    weight = tl.load(norm_ptr + column, known, 0.0).to(tl.float32)
+    _before(PDL)
+    place = tl.program_id(0) * INPUTS + column
+    x = tl.load(x_ptr + place, known, 0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
+    if NORM == 2:
+        x = x.to(dtype).to(tl.float32)
+    tl.store(out_ptr + place, (x * weight).to(dtype), known)
+
+
+def multiply_rows(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    *,
+    norm: Norm | None = None,
+    bias_N: Tensor | None = None,
+    residual_TN: Tensor | None = None,
+    gated: bool = False,
+    pdl: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x @ weight.T of 1 to 16 tokens with its surroundings. Twin: `reference.multiply_rows`.
+
+    Tensors contiguous, of one dtype, on one device. With `pdl` the kernel may start, and fetch
+    weights, before the one ahead of it has ended; that one must be a kernel of ours.
+    """
+    tokens, inputs = x_TD.shape
+    outputs = weight_ND.shape[0] // 2 if gated else weight_ND.shape[0]
+    assert 1 <= tokens <= MOST_ROWS, "more tokens are for the tensor cores' own libraries"
+    assert weight_ND.numel() < 2**31, "offsets are 32 bits wide"
+    y_TN = x_TD.new_empty(tokens, outputs)
+    tile = tile or choose_tile(tokens, outputs, inputs, gated=gated)
+    common = {
+        "INPUTS": inputs,
+        "BIASED": bias_N is not None,
+        "GATED": gated,
+        "RESIDUAL": residual_TN is not None,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_D": tile.inputs,
+        "PDL": pdl,
+        "num_warps": tile.warps,
+        "launch_pdl": pdl,
+    }
+    rounding = NO_NORM if norm is None else NORM_IN_FP32 if norm.weight_in_fp32 else NORM_ROUNDED
+    if tokens == 1:
+        programs = triton.cdiv(outputs, tile.outputs * tile.tiles)
+        weight_D, eps = (x_TD, 0.0) if norm is None else (norm.weight_D, norm.eps)
+        _one_row[(programs,)](
+            x_TD, weight_D, weight_ND, bias_N, residual_TN, y_TN, outputs, eps,
+            NORM=rounding, TILES=tile.tiles, **common,
+        )  # fmt: skip
+        return y_TN
+    if norm is not None:
+        x_TD = _normed(x_TD, norm, rounding, pdl)
+    _some_rows[(triton.cdiv(outputs, tile.outputs),)](
+        x_TD, weight_ND, bias_N, residual_TN, y_TN, tokens, outputs,
+        ROWS=MOST_ROWS, STAGES=tile.stages, **common,
+    )  # fmt: skip
+    return y_TN
+
+
+def _normed(x_TD: Tensor, norm: Norm, rounding: int, pdl: bool) -> Tensor:
+    out = torch.empty_like(x_TD)
+    tokens, inputs = x_TD.shape
+    _norm_rows[(tokens,)](
+        x_TD, norm.weight_D, out, norm.eps,
+        INPUTS=inputs, NORM=rounding, BLOCK_D=triton.next_power_of_2(inputs), PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def choose_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> Tile:
+    """The cut that streamed best on an H200."""
+    if tokens > 1:
+        return Tile(outputs=16 if gated else 32, inputs=256, warps=4, stages=4)
+    if inputs <= 4096:
+        return Tile(outputs=2 if gated else 4, inputs=triton.next_power_of_2(inputs), warps=4)
+    return Tile(outputs=4 if gated else 8, inputs=1024, warps=4)
