@@ -21,7 +21,9 @@ def test_a_step_gives_the_decoders_logits_and_keeps_its_keys(changes: dict[str, 
     shape, page_size = decoder.shape, 16
     pool = (6, shape.num_key_value_heads, page_size, shape.head_dim)
     keys, values = ([torch.zeros(pool) for _ in decoder.model.layers] for _ in range(2))
-    step = DecodeStep(decoder, keys, values, torch.tensor([[4, 0, 5], [1, 3, 2]], dtype=torch.int32))
+    step = DecodeStep(
+        decoder, keys, values, torch.tensor([[4, 0, 5], [1, 3, 2]], dtype=torch.int32)
+    )
     plain = Growing(shape, 2, dtype=torch.float32)
     ids = torch.arange(2 * 40).view(40, 2) * 7 % shape.vocab_size
     for place, pair in enumerate(ids):

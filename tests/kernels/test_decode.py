@@ -12,8 +12,8 @@ from xverse.kernels.reference import Norm
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed, and its interpreter is the test")
 
-from xverse.kernels import attend_triton, multiply_triton  # noqa: E402
-from xverse.kernels.multiply_triton import Tile  # noqa: E402
+from xverse.kernels import attend_triton, multiply_triton
+from xverse.kernels.multiply_triton import Tile
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -23,7 +23,9 @@ def seeded(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def close(fast: Tensor, twin: Tensor) -> bool:
-    tolerance = 1e-5 if twin.dtype == torch.float32 else 2**-9 if twin.dtype == torch.float16 else 2**-6
+    tolerance = (
+        1e-5 if twin.dtype == torch.float32 else 2**-9 if twin.dtype == torch.float16 else 2**-6
+    )
     return torch.allclose(fast, twin, rtol=tolerance, atol=4 * tolerance)
 
 

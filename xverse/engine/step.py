@@ -7,7 +7,6 @@ as a CUDA graph. The decoder itself is not touched, and what computes each opera
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,14 +44,11 @@ class DecodeStep:
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.multiply = dispatch.multiply_rows(device, weight.dtype, tokens).call
-        self.attend = dispatch.attend_pages(device, weight.dtype).call
-        if device.type == "cuda" and "triton" in getattr(self.attend, "func", self.attend).__module__:
-            from xverse.kernels.attend_triton import Scratch
-
-            shape = decoder.shape
-            heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-            scratch = Scratch.reserve(tokens, heads, kv_heads, shape.head_dim, device)
-            self.attend = partial(self.attend, scratch=scratch)
+        shape = decoder.shape
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        self.attend = dispatch.attend_pages(
+            device, weight.dtype, tokens, heads, kv_heads, shape.head_dim
+        ).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, weight.dtype)
 
@@ -62,6 +58,7 @@ class DecodeStep:
         stack = self.decoder.model
         x_TD = functional.embedding(self.ids, stack.embed_tokens.weight)
         for layer, block in enumerate(stack.layers):
+            assert isinstance(block, Block)
             x_TD = self._block(layer, block, x_TD)
         head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
         return self.multiply(x_TD, head.weight, norm=_norm(stack.norm))
@@ -130,14 +127,10 @@ def unfit(decoder: Decoder) -> str:
     if scaling is not None and scaling.rope_type == "dynamic":
         return "Its rotary frequencies change with the length of the sequence."
     for block in decoder.model.layers:
-        if not isinstance(block.self_attn, FusedAttention):
+        attention, mlp = block.self_attn, block.mlp
+        if not (isinstance(attention, FusedAttention) and isinstance(mlp, FusedFeedForward)):
             return "Its projections are apart; `fuse` joins them."
-        linears = (
-            block.self_attn.qkv_proj,
-            block.self_attn.o_proj,
-            block.mlp.gate_up_proj,
-            block.mlp.down_proj,
-        )
+        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         if not all(type(linear) is Linear for linear in linears):
             return "Its weights are quantized, and the fused step reads them as they are."
     return ""

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xverse.kernels.multiply_triton import _before
+from xverse.kernels.multiply_triton import wait_for_input
 
-PROGRAMS = 256  # about two for each multiprocessor of the large chips
+PROGRAMS = 132  # about one for each multiprocessor of the large chips; more measured slower
 MOST_PARTS = 32
 
 
@@ -107,7 +107,7 @@ def _attend_pages(
     )  # fmt: skip
     cos = tl.load(cos_ptr + position * E + element, known, 0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * E + element, known, 0.0).to(tl.float32)[None, :]
-    _before(PDL)
+    wait_for_input(PDL)
 
     start = qkv_ptr + token * ((HEADS + 2 * KV_HEADS) * E)
     q_at = start + (head * group + member)[:, None] * E + element[None, :]
@@ -198,13 +198,13 @@ def attend_pages(
     *,
     scratch: Scratch | None = None,
     pdl: bool = False,
-    block: int = 32,
-    warps: int = 4,
+    block: int = 64,
 ) -> Tensor:
     """Rope, store and attention of one new token of each sequence. -> [T, H * E].
 
     Twin: `reference.attend_pages`. Positions and pages int32; keys and values may be any view of
-    [P, K, S, E] whose last dimension is dense. `pdl` as in `multiply_rows`.
+    [P, K, S, E] whose last dimension is dense. `pdl` as in `multiply_rows`; the kernel ahead may
+    write `qkv_TN` alone, since the rest is read before it ends.
     """
     _, kv_heads, page_size, size = keys_PKSE.shape
     tokens = qkv_TN.shape[0]
@@ -220,6 +220,7 @@ def attend_pages(
         HEADS=heads, KV_HEADS=kv_heads, E=size, PAGE=page_size,
         BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_S=block, BLOCK_E=triton.next_power_of_2(size),
-        PARTS=scratch.parts, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        PARTS=scratch.parts, PDL=pdl, num_warps=4 if scratch.parts == 1 else 8, launch_pdl=pdl,
+        enable_fp_fusion=False,  # rope rounds its products, which a fused add would not
     )  # fmt: skip
     return mixed

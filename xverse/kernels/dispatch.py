@@ -1,4 +1,4 @@
-"""WHICH ARITHMETIC, AND WHY. The table from an operation, a device and a dtype to what computes it."""
+"""WHICH ARITHMETIC, AND WHY. The table from operation, device and dtype to what computes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,19 +47,30 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
     )
 
 
-def attend_pages(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function with the signature of `reference.attend_pages`."""
+def attend_pages(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 1,
+    heads: int = 1,
+    kv_heads: int = 1,
+    head_dim: int = 64,
+) -> Choice:
+    """The function with the signature of `reference.attend_pages`, for a step of these sizes.
+
+    It holds memory of its own: one for each stream that runs steps.
+    """
     why_not = _why_no_triton(device, dtype)
     if why_not:
         return _plain("attention of a decode step", reference.attend_pages, device, why_not)
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    scratch = attend_triton.Scratch.reserve(rows, heads, kv_heads, head_dim, device)
     return Choice(
         "attention of a decode step",
         "Triton, paged, in parts, fused with rope and store" + ", dependent launch" * pdl,
         f"{dtype} on CUDA",
-        partial(attend_triton.attend_pages, pdl=pdl),
+        partial(attend_triton.attend_pages, scratch=scratch, pdl=pdl),
     )
 
 
@@ -68,9 +79,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     return [multiply_rows(device, dtype), attend_pages(device, dtype)]
 
 
-def _plain(
-    operation: str, call: Callable[..., Tensor], device: torch.device, why: str
-) -> Choice:
+def _plain(operation: str, call: Callable[..., Tensor], device: torch.device, why: str) -> Choice:
     if device.type == "cuda":
         warn_once(f"{operation}: plain PyTorch, since {why}.")
     return Choice(operation, "plain PyTorch, the reference", why, call)

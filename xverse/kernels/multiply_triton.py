@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _before(pdl: tl.constexpr):
+def wait_for_input(pdl: tl.constexpr):
     """Wait for the kernel ahead, then let the one behind start; from here on x may be read."""
     if pdl:
         cuda.gdc_wait()
@@ -90,7 +90,7 @@ def _one_row(
     weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
     if GATED:
         weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
-    _before(PDL)
+    wait_for_input(PDL)
 
     scale = 1.0
     if NORM != 0:
@@ -128,14 +128,18 @@ def _one_row(
             place = chunk * BLOCK_D + column
             x = tl.load(x_ptr + place, place < INPUTS, 0.0).to(tl.float32)
             if NORM == 1:
-                x = (x * scale * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32)).to(
-                    dtype
-                ).to(tl.float32)
+                x = (
+                    (x * scale * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32))
+                    .to(dtype)
+                    .to(tl.float32)
+                )
             if NORM == 2:
                 x = (x * scale).to(dtype).to(tl.float32)
-                x = (x * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32)).to(
-                    dtype
-                ).to(tl.float32)
+                x = (
+                    (x * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32))
+                    .to(dtype)
+                    .to(tl.float32)
+                )
             if chunks > 1:
                 products += _by_eights(now, x, BLOCK_N, BLOCK_D)
                 if GATED:
@@ -188,7 +192,7 @@ def _some_rows(
     column = tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    _before(PDL)
+    wait_for_input(PDL)
     for start in tl.range(0, INPUTS, BLOCK_D, num_stages=STAGES):
         place = start + column
         known = place < INPUTS
@@ -231,7 +235,7 @@ def _norm_rows(
     column = tl.arange(0, BLOCK_D)
     known = column < INPUTS
     weight = tl.load(norm_ptr + column, known, 0.0).to(tl.float32)
-    _before(PDL)
+    wait_for_input(PDL)
     place = tl.program_id(0) * INPUTS + column
     x = tl.load(x_ptr + place, known, 0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
@@ -253,8 +257,8 @@ def multiply_rows(
 ) -> Tensor:
     """x @ weight.T of 1 to 16 tokens with its surroundings. Twin: `reference.multiply_rows`.
 
-    Tensors contiguous, of one dtype, on one device. With `pdl` the kernel may start, and fetch
-    weights, before the one ahead of it has ended; that one must be a kernel of ours.
+    Tensors contiguous, of one dtype, on one device. With `pdl` the kernel starts, and fetches
+    weights, while the one ahead of it ends, and lets the next one do so.
     """
     tokens, inputs = x_TD.shape
     outputs = weight_ND.shape[0] // 2 if gated else weight_ND.shape[0]
@@ -303,9 +307,30 @@ def _normed(x_TD: Tensor, norm: Norm, rounding: int, pdl: bool) -> Tensor:
 
 
 def choose_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> Tile:
-    """The cut that streamed best on an H200."""
+    """The cut that streams best on an H200 (`bench/tune_decode.py`), and its like for other sizes.
+
+    GB/s of weights at 1 token, launches included (copy: 4,270): q, k, v of 7B 4,260; output 4,020;
+    gate and up 4,350; down 4,100; head 4,570. At 8 tokens: 3,740, 3,170, 3,700, 3,560, 4,310;
+    asking for weights further ahead, through the second-level cache, won nothing there.
+    """
     if tokens > 1:
-        return Tile(outputs=16 if gated else 32, inputs=256, warps=4, stages=4)
-    if inputs <= 4096:
-        return Tile(outputs=2 if gated else 4, inputs=triton.next_power_of_2(inputs), warps=4)
-    return Tile(outputs=4 if gated else 8, inputs=1024, warps=4)
+        return Tile(outputs=64, inputs=128, stages=6 if outputs <= 8192 else 4)
+    width = _width(inputs)
+    if gated:
+        return Tile(outputs=8192 // width, inputs=width, warps=8)
+    if outputs > 32768:
+        return Tile(outputs=32768 // width, inputs=width, warps=8)
+    if outputs <= 8192:
+        return Tile(outputs=8192 // width, inputs=width, tiles=2 if inputs <= width else 1)
+    width = min(width, 2048)
+    return Tile(outputs=8192 // width, inputs=width)
+
+
+def _width(inputs: int) -> int:
+    """The widest block of which the last one along a row is not too empty."""
+    if inputs <= 1024:
+        return max(128, triton.next_power_of_2(inputs))
+    for width in (4096, 2048):
+        if inputs >= 0.85 * width * triton.cdiv(inputs, width):
+            return width
+    return 1024
