@@ -1,4 +1,4 @@
-"""HOW FAST DOES A GPU DECODE? XVERSE-7B's shape, random weights, bf16: 128 tokens in, 256 out.
+"""HOW FAST DOES A GPU DECODE? XVERSE's shapes, random weights, bf16: 128 tokens in, 256 out.
 
 The fused step (`engine/step.py`) beside the plain decoder, compiled, each as one CUDA graph with
 greedy sampling in it. Kernels and logits are checked first, in the same run. Floor: the bytes of
@@ -23,21 +23,23 @@ from xverse.model.cache import Growing
 from xverse.model.catalog import CATALOG
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
+from xverse.model.shape import ModelShape
 
 PROMPT, ANSWER, PAGE = 128, 256, 64
-SHAPE = CATALOG["xverse-7b"]
+BATCHES = {"xverse-7b": (1, 8), "xverse-13b-2": (1,)}
 
 
-def random_model() -> Decoder:
+def random_model(shape: ModelShape) -> Decoder:
     with torch.device("meta"):
-        decoder = Decoder(SHAPE).to(torch.bfloat16)
+        decoder = Decoder(shape).to(torch.bfloat16)
     return fuse(initialize(decoder.to_empty(device="cuda")).requires_grad_(False).eval())
 
 
 def prefilled(decoder: Decoder, rows: int, dtype: torch.dtype) -> Growing:
     """A door that holds another prompt of 128 tokens for each row."""
-    door = Growing(SHAPE, rows, dtype=dtype, device="cuda")
-    prompt = torch.arange(100, 100 + PROMPT * rows, device="cuda") % SHAPE.vocab_size
+    shape = decoder.shape
+    door = Growing(shape, rows, dtype=dtype, device="cuda")
+    prompt = torch.arange(100, 100 + PROMPT * rows, device="cuda") % shape.vocab_size
     counts = [PROMPT] * rows
     decoder(prompt, door.extend(counts), door, torch.tensor([0], device="cuda"))
     return door
@@ -46,7 +48,8 @@ def prefilled(decoder: Decoder, rows: int, dtype: torch.dtype) -> Growing:
 def fused_step(decoder: Decoder, door: Growing) -> DecodeStep:
     """The step, its pages holding in mixed order what the door holds."""
     rows, pages = len(door.held), (PROMPT + ANSWER) // PAGE
-    pool = (rows * pages, SHAPE.num_key_value_heads, PAGE, SHAPE.head_dim)
+    shape = decoder.shape
+    pool = (rows * pages, shape.num_key_value_heads, PAGE, shape.head_dim)
     table = torch.randperm(rows * pages, device="cuda").view(rows, pages)
     sides: list[list[Tensor]] = []
     for slabs in (door.keys, door.values):
@@ -60,8 +63,8 @@ def fused_step(decoder: Decoder, door: Growing) -> DecodeStep:
     return DecodeStep(decoder, sides[0], sides[1], table.int())
 
 
-def static_door(door: Growing) -> Static:
-    static = Static(SHAPE, len(door.held), "cuda")
+def static_door(shape: ModelShape, door: Growing) -> Static:
+    static = Static(shape, len(door.held), "cuda")
     for slabs, held in ((static.keys, door.keys), (static.values, door.values)):
         for slab, past in zip(slabs, held, strict=True):
             slab[:, :, :PROMPT] = past[:, :, :PROMPT]
@@ -90,10 +93,10 @@ def greedy(ids: Tensor, positions: Tensor) -> Callable[[Tensor], None]:
     return then
 
 
-def run(decoder: Decoder, rows: int, exact: Tensor) -> dict[str, object]:
+def run(decoder: Decoder, rows: int, exact: Tensor) -> tuple[dict[str, float], dict[str, object]]:
     """Logits checked, then tokens a second of both ways, `rows` sequences at a time."""
     door = prefilled(decoder, rows, torch.bfloat16)
-    step, static = fused_step(decoder, door), static_door(door)
+    step, static = fused_step(decoder, door), static_door(decoder.shape, door)
     first = torch.full((rows,), 7, device="cuda")
     plain = decoder(first, door.extend([1] * rows), door)
     step.ids.copy_(first)
@@ -123,23 +126,46 @@ def run(decoder: Decoder, rows: int, exact: Tensor) -> dict[str, object]:
 
     plain_replay, _ = captured(both)
     plain_s = seconds_per_token(plain_replay, static.positions)
-    return {
-        "distance_of_logits_to_fp32": {name: round(value, 5) for name, value in apart.items()},
-        "tokens_per_s": {
-            "fused step": round(rows / fused_s, 1),
-            "fused step, no sampling, 128 held": round(rows / without_sampling_s, 1),
-            "plain decoder, compiled": round(rows / plain_s, 1),
-        },
-        "ms_per_step": {"fused step": round(1e3 * fused_s, 3), "plain": round(1e3 * plain_s, 3)},
+    speeds = {
+        "fused step": rows / fused_s,
+        "fused step, no sampling, 128 held": rows / without_sampling_s,
+        "plain decoder, compiled": rows / plain_s,
     }
+    distances = {way: round(value, 5) for way, value in apart.items()}
+    return speeds, {"distance_of_logits_to_fp32": distances}
+
+
+def model(name: str, bandwidth: float) -> dict[str, object]:
+    """Every batch size of one model, with its floor: its weights read once at `bandwidth`."""
+    shape = CATALOG[name]
+    wide, exact = random_model(shape).float(), {}
+    for rows in BATCHES[name]:
+        door = prefilled(wide, rows, torch.float32)
+        exact[rows] = wide(torch.full((rows,), 7, device="cuda"), door.extend([1] * rows), door)
+    del wide, door
+    torch.cuda.empty_cache()
+    decoder = random_model(shape)
+    weights = 2 * (shape.num_parameters - shape.vocab_size * shape.hidden_size)
+    figures: dict[str, object] = {"floor_tokens_per_s_batch_1": round(bandwidth / weights, 1)}
+    for rows in BATCHES[name]:
+        speeds, facts = run(decoder, rows, exact[rows])
+        figures[f"batch {rows}"] = facts | {
+            "tokens_per_s": {way: round(speed, 1) for way, speed in speeds.items()},
+            "steps_by_the_floor": {
+                way: round(speed / rows * weights / bandwidth, 3) for way, speed in speeds.items()
+            },
+        }
+    return figures
 
 
 def transformers_tokens_per_s() -> float:
-    """transformers' own `generate`, as it comes, on a Llama of the same shape, batch 1."""
+    """transformers' own `generate`, as it comes, on a Llama of 7B's shape, batch 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1}
-    config = LlamaConfig.from_dict({**SHAPE.to_config(), **fields, "model_type": "llama"})
+    config = LlamaConfig.from_dict(
+        {**CATALOG["xverse-7b"].to_config(), **fields, "model_type": "llama"}
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
@@ -167,34 +193,15 @@ def main() -> None:
         }
         for tokens in (1, 8)
     }
-    batches = [int(argument) for argument in sys.argv[1:]] or [1, 8]
-    decoder = random_model()
-    exact = {}
-    wide = random_model().float()
-    for rows in batches:
-        door = prefilled(wide, rows, torch.float32)
-        exact[rows] = wide(torch.full((rows,), 7, device="cuda"), door.extend([1] * rows), door)
-    del wide, door
-    torch.cuda.empty_cache()
-    weights = 2 * (SHAPE.num_parameters - SHAPE.vocab_size * SHAPE.hidden_size)
-    floor = weights / bandwidth
-    results = {rows: run(decoder, rows, exact[rows]) for rows in batches}
-    del decoder
-    torch.cuda.empty_cache()
     figures: dict[str, object] = {
-        "model": "XVERSE-7B shape, random weights, bf16; 128 tokens in, 256 out, greedy",
+        "models": "XVERSE shapes, random weights, bf16; 128 tokens in, 256 out, greedy",
         "copy_bandwidth_TB_per_s": round(bandwidth / 1e12, 3),
-        "floor_tokens_per_s_batch_1": round(1 / floor, 1),
-        "weights_GB_per_s_of_products": products,
-        "batch": results,
+        "weights_GB_per_s_of_7b_products_by_tokens": products,
     }
-    one = results.get(1)
-    if one is not None:
-        speeds = one["tokens_per_s"]
-        assert isinstance(speeds, dict)
-        figures["share_of_floor_batch_1"] = {
-            name: round(speed * floor, 3) for name, speed in speeds.items()
-        }
+    for name in sys.argv[1:] or BATCHES:
+        figures[name] = model(name, bandwidth)
+        print(name, figures[name], flush=True)
+        torch.cuda.empty_cache()
     if find_spec("transformers") is not None:
         figures["transformers_generate_tokens_per_s_batch_1"] = round(
             transformers_tokens_per_s(), 1

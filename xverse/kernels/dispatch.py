@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from xverse.kernels import reference
+from xverse.kernels.multiply import MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
 PDL_SINCE = (9, 0)  # programmatic dependent launch
-MOST_ROWS = 16  # tokens of a step up to which its products are a matter of memory, not arithmetic
 
 
 @dataclass(frozen=True)

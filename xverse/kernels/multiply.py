@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MOST_ROWS = 16  # tokens up to which a product is a matter of memory, not of arithmetic
+
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, [T, D] x [N, D] -> [T, N]; sums in fp32. Twin: `functional.linear`.

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from xverse.kernels.multiply import MOST_ROWS
 from xverse.kernels.reference import Norm
 
-MOST_ROWS = 16
 NO_NORM, NORM_IN_FP32, NORM_ROUNDED = 0, 1, 2
 
 
@@ -53,110 +53,89 @@ def _swiglu(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _by_eights(weights, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _weights(weight_ptr, row, live, place, more, INPUTS: tl.constexpr):
+    """A tile of weights, each of which is read once and not worth keeping."""
+    at = weight_ptr + row[:, None] * INPUTS + place[None, :]
+    inside = live[:, None] & ((place < INPUTS) & more)[None, :]
+    return tl.load(at, inside, 0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _products(weights, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Products summed over the eight that one thread loads at once, which saves registers."""
     products = weights.to(tl.float32) * x[None, :]
     return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_D // 8, 8]), 2)
 
 
 @triton.jit
+def _input(x_ptr, norm_ptr, place, scale, INPUTS: tl.constexpr, NORM: tl.constexpr):
+    """A part of x, normalized if so wished, rounded as `reference.rms_norm` rounds."""
+    x = tl.load(x_ptr + place, place < INPUTS, 0.0)
+    dtype: tl.constexpr = x.dtype
+    x = x.to(tl.float32)
+    if NORM != 0:
+        weight = tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32)
+        x = x * scale
+        if NORM == 2:
+            x = x.to(dtype).to(tl.float32)
+        x = (x * weight).to(dtype).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _one_row(
-    x_ptr,
-    norm_ptr,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    outputs,
-    eps,
-    INPUTS: tl.constexpr,
-    NORM: tl.constexpr,
-    BIASED: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, outputs, eps,
+    INPUTS: tl.constexpr, NORM: tl.constexpr,
+    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y [N] of one token. Next to the tile in use, the next one is always on its way."""
     dtype = out_ptr.dtype.element_ty
     chunks: tl.constexpr = (INPUTS + BLOCK_D - 1) // BLOCK_D
     column = tl.arange(0, BLOCK_D)
     row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
-    inside = (row < outputs)[:, None] & (column < INPUTS)[None, :]
-    at = weight_ptr + row[:, None] * INPUTS + column[None, :]
-    other = outputs * INPUTS  # from a row of gate to its row of up
-    weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
-    if GATED:
-        weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
+    live = row < outputs
+    weights = _weights(weight_ptr, row, live, column, True, INPUTS)
+    if GATED:  # gate above, up below
+        weights_up = _weights(weight_ptr, row + outputs, live, column, True, INPUTS)
     wait_for_input(PDL)
 
     scale = 1.0
     if NORM != 0:
         squares = tl.zeros([BLOCK_D], tl.float32)
         for chunk in tl.static_range(chunks):
-            place = chunk * BLOCK_D + column
-            part = tl.load(x_ptr + place, place < INPUTS, 0.0).to(tl.float32)
-            squares += part * part
+            x = _input(x_ptr, norm_ptr, chunk * BLOCK_D + column, 1.0, INPUTS, 0)
+            squares += x * x
         scale = tl.rsqrt(tl.sum(squares) / INPUTS + eps)
 
     for tile in range(TILES):
-        sums = tl.zeros([BLOCK_N], tl.float32)
-        sums_up = tl.zeros([BLOCK_N], tl.float32)
-        if chunks > 1:
-            products = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
-            products_up = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
+        sums = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
+        sums_up = tl.zeros([BLOCK_N, BLOCK_D // 8], tl.float32)
         for chunk in tl.static_range(chunks):
             now = weights
             if GATED:
                 now_up = weights_up
-            if chunk + 1 < chunks:
-                place = (chunk + 1) * BLOCK_D + column
-                following = row
-            else:
-                place = column
-                following = row + BLOCK_N
             if chunk + 1 < chunks or TILES > 1:
-                more = (chunk + 1 < chunks) | (tile + 1 < TILES)
-                inside = (following < outputs)[:, None] & ((place < INPUTS) & more)[None, :]
-                at = weight_ptr + following[:, None] * INPUTS + place[None, :]
-                weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
+                if chunk + 1 < chunks:
+                    next_row, more = row, True
+                    place = (chunk + 1) * BLOCK_D + column
+                else:
+                    next_row, more = row + BLOCK_N, tile + 1 < TILES
+                    place = column
+                next_live = next_row < outputs
+                weights = _weights(weight_ptr, next_row, next_live, place, more, INPUTS)
                 if GATED:
-                    weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
-
-            place = chunk * BLOCK_D + column
-            x = tl.load(x_ptr + place, place < INPUTS, 0.0).to(tl.float32)
-            if NORM == 1:
-                x = (
-                    (x * scale * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32))
-                    .to(dtype)
-                    .to(tl.float32)
-                )
-            if NORM == 2:
-                x = (x * scale).to(dtype).to(tl.float32)
-                x = (
-                    (x * tl.load(norm_ptr + place, place < INPUTS, 0.0).to(tl.float32))
-                    .to(dtype)
-                    .to(tl.float32)
-                )
-            if chunks > 1:
-                products += _by_eights(now, x, BLOCK_N, BLOCK_D)
-                if GATED:
-                    products_up += _by_eights(now_up, x, BLOCK_N, BLOCK_D)
-            else:
-                sums = tl.sum(now.to(tl.float32) * x[None, :], 1)
-                if GATED:
-                    sums_up = tl.sum(now_up.to(tl.float32) * x[None, :], 1)
-        if chunks > 1:
-            sums = tl.sum(products, 1)
+                    next_row += outputs
+                    weights_up = _weights(weight_ptr, next_row, next_live, place, more, INPUTS)
+            x = _input(x_ptr, norm_ptr, chunk * BLOCK_D + column, scale, INPUTS, NORM)
+            sums += _products(now, x, BLOCK_N, BLOCK_D)
             if GATED:
-                sums_up = tl.sum(products_up, 1)
+                sums_up += _products(now_up, x, BLOCK_N, BLOCK_D)
 
         live = row < outputs
-        y = _rounded(sums, bias_ptr, row, live, dtype, BIASED)
+        y = _rounded(tl.sum(sums, 1), bias_ptr, row, live, dtype, BIASED)
         if GATED:
-            up = _rounded(sums_up, bias_ptr, row + outputs, live, dtype, BIASED)
+            up = _rounded(tl.sum(sums_up, 1), bias_ptr, row + outputs, live, dtype, BIASED)
             y = _swiglu(y, up, dtype)
         if RESIDUAL:
             y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
@@ -166,54 +145,37 @@ def _one_row(
 
 @triton.jit
 def _some_rows(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    tokens,
-    outputs,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, tokens, outputs,
     INPUTS: tl.constexpr,
-    BIASED: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: weights are the tall side of the tensor cores."""
     dtype = out_ptr.dtype.element_ty
     token = tl.arange(0, ROWS)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = row < outputs
-    other = outputs * INPUTS
-    column = tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
     wait_for_input(PDL)
     for start in tl.range(0, INPUTS, BLOCK_D, num_stages=STAGES):
-        place = start + column
-        known = place < INPUTS
-        at = weight_ptr + row[:, None] * INPUTS + place[None, :]
-        inside = live[:, None] & known[None, :]
-        weights = tl.load(at, inside, 0.0, eviction_policy="evict_first")
-        x = tl.load(
-            x_ptr + place[:, None] + token[None, :] * INPUTS,
-            known[:, None] & (token < tokens)[None, :],
-            0.0,
-        )
+        place = start + tl.arange(0, BLOCK_D)
+        weights = _weights(weight_ptr, row, live, place, True, INPUTS)
+        x_at = x_ptr + place[:, None] + token[None, :] * INPUTS
+        x = tl.load(x_at, (place < INPUTS)[:, None] & (token < tokens)[None, :], 0.0)
         sums = tl.dot(weights, x, sums, input_precision="ieee")
         if GATED:
-            weights_up = tl.load(at + other, inside, 0.0, eviction_policy="evict_first")
+            weights_up = _weights(weight_ptr, row + outputs, live, place, True, INPUTS)
             sums_up = tl.dot(weights_up, x, sums_up, input_precision="ieee")
-    y = _rounded(sums, bias_ptr, row[:, None], live[:, None], dtype, BIASED)
+    row = row[:, None]
+    live = live[:, None]
+    y = _rounded(sums, bias_ptr, row, live, dtype, BIASED)
     if GATED:
-        up = _rounded(sums_up, bias_ptr, row[:, None] + outputs, live[:, None], dtype, BIASED)
+        up = _rounded(sums_up, bias_ptr, row + outputs, live, dtype, BIASED)
         y = _swiglu(y, up, dtype)
-    place = token[None, :] * outputs + row[:, None]
-    inside = live[:, None] & (token < tokens)[None, :]
+    place = token[None, :] * outputs + row
+    inside = live & (token < tokens)[None, :]
     if RESIDUAL:
         y += tl.load(residual_ptr + place, inside, 0.0).to(tl.float32)
     tl.store(out_ptr + place, y.to(dtype), inside)
@@ -221,27 +183,17 @@ def _some_rows(
 
 @triton.jit
 def _norm_rows(
-    x_ptr,
-    norm_ptr,
-    out_ptr,
-    eps,
-    INPUTS: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, norm_ptr, out_ptr, eps,
+    INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """RMSNorm of one token a program."""
-    dtype = out_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_D)
-    known = column < INPUTS
-    weight = tl.load(norm_ptr + column, known, 0.0).to(tl.float32)
     wait_for_input(PDL)
-    place = tl.program_id(0) * INPUTS + column
-    x = tl.load(x_ptr + place, known, 0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
-    if NORM == 2:
-        x = x.to(dtype).to(tl.float32)
-    tl.store(out_ptr + place, (x * weight).to(dtype), known)
+    start = tl.program_id(0) * INPUTS
+    x = _input(x_ptr + start, norm_ptr, column, 1.0, INPUTS, 0)
+    scale = tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
+    x = _input(x_ptr + start, norm_ptr, column, scale, INPUTS, NORM)
+    tl.store(out_ptr + start + column, x.to(out_ptr.dtype.element_ty), column < INPUTS)
 
 
 def multiply_rows(
@@ -310,20 +262,21 @@ def choose_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> Tile:
     """The cut that streams best on an H200 (`bench/tune_decode.py`), and its like for other sizes.
 
     GB/s of weights at 1 token, launches included (copy: 4,270): q, k, v of 7B 4,260; output 4,020;
-    gate and up 4,350; down 4,100; head 4,570. At 8 tokens: 3,740, 3,170, 3,700, 3,560, 4,310;
+    gate and up 4,350; down 4,260; head 4,570. At 8 tokens: 3,740, 3,170, 3,700, 3,560, 4,310;
     asking for weights further ahead, through the second-level cache, won nothing there.
     """
     if tokens > 1:
         return Tile(outputs=64, inputs=128, stages=6 if outputs <= 8192 else 4)
     width = _width(inputs)
-    if gated:
-        return Tile(outputs=8192 // width, inputs=width, warps=8)
     if outputs > 32768:
         return Tile(outputs=32768 // width, inputs=width, warps=8)
+    if width < 4096:  # 13B: with tiles as large as 7B's, 139 tokens a second
+        return Tile(outputs=4096 // width, inputs=width)
+    if gated:
+        return Tile(outputs=2, inputs=width, warps=8)
     if outputs <= 8192:
-        return Tile(outputs=8192 // width, inputs=width, tiles=2 if inputs <= width else 1)
-    width = min(width, 2048)
-    return Tile(outputs=8192 // width, inputs=width)
+        return Tile(outputs=2, inputs=width, tiles=2)
+    return Tile(outputs=4, inputs=2048)
 
 
 def _width(inputs: int) -> int:
