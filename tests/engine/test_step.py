@@ -31,6 +31,8 @@ def test_a_step_gives_the_decoders_logits_and_keeps_its_keys(changes: dict[str, 
         step.ids.copy_(pair)
         step.positions.fill_(place)
         assert torch.allclose(step(), expected, atol=1e-3), place
+    with pytest.raises(XverseError, match="cannot be captured"):
+        step.capture()
 
 
 @pytest.mark.parametrize(

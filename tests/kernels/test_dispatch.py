@@ -16,12 +16,11 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "triton", "why"),
+    ("capability", "dtype", "triton", "why"),
     [
-        ((7, 5), torch.float16, 1, True, "capability"),
-        ((9, 0), torch.float32, 1, True, "float32"),
-        ((9, 0), torch.bfloat16, 17, True, "17 tokens"),
-        ((9, 0), torch.bfloat16, 1, False, "not installed"),
+        ((7, 5), torch.float16, True, "capability"),
+        ((9, 0), torch.float32, True, "float32"),
+        ((9, 0), torch.bfloat16, False, "not installed"),
     ],
 )
 def test_a_gpu_that_falls_back_says_so_once(
@@ -29,7 +28,6 @@ def test_a_gpu_that_falls_back_says_so_once(
     caplog: pytest.LogCaptureFixture,
     capability: tuple[int, int],
     dtype: torch.dtype,
-    rows: int,
     triton: bool,
     why: str,
 ) -> None:
@@ -37,7 +35,18 @@ def test_a_gpu_that_falls_back_says_so_once(
     monkeypatch.setattr(dispatch, "_triton_is_here", lambda: triton)
     dispatch.warn_once.cache_clear()
     for _ in range(2):
-        choice = dispatch.multiply_rows(CUDA, dtype, rows)
+        choice = dispatch.multiply_rows(CUDA, dtype)
         assert choice.call is reference.multiply_rows
         assert why in choice.reason
     assert sum(why in record.message for record in caplog.records) == 1
+
+
+def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    choice = dispatch.multiply_rows(CUDA, torch.bfloat16, 17)
+    assert choice.call is reference.multiply_rows
+    assert "17 tokens" in choice.reason
+    assert not caplog.records

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.errors import XverseError
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch, reference
 from xverse.kernels.reference import Norm
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
@@ -99,7 +99,15 @@ class DecodeStep:
         """The step as a CUDA graph, followed by `then` (sampling, say); call it to run the step.
 
         The first runs, which compile, write keys and values at `positions`, as any step does.
+        Raises XverseError where attention is the reference, which asks the host for positions.
         """
+        if self.attend is reference.attend_pages:
+            device, dtype = self.cos_SE.device, self.cos_SE.dtype
+            raise XverseError(
+                "This decode step cannot be captured as a CUDA graph.",
+                str(dispatch.attend_pages(device, dtype)),
+                "Call the step itself, or use bfloat16 on an NVIDIA GPU with Triton.",
+            )
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

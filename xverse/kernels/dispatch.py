@@ -31,16 +31,18 @@ class Choice:
 
 def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
     """The function with the signature of `reference.multiply_rows`, for steps of `rows` tokens."""
+    operation = "products of a decode step"
     why_not = _why_no_triton(device, dtype)
-    if not why_not and rows > MOST_ROWS:
-        why_not = f"{rows} tokens, and above {MOST_ROWS} cuBLAS is the faster one"
     if why_not:
-        return _plain("products of a decode step", reference.multiply_rows, device, why_not)
+        return _plain(operation, reference.multiply_rows, device, why_not)
+    if rows > MOST_ROWS:
+        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
+        return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
     from xverse.kernels import multiply_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
     return Choice(
-        "products of a decode step",
+        operation,
         "Triton, fused with norm, SwiGLU and residual" + ", dependent launch" * pdl,
         f"{dtype} on CUDA, at most {MOST_ROWS} tokens",
         partial(multiply_triton.multiply_rows, pdl=pdl),
