@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS = 16  # few rows are always computed as this many, so that company changes no bit of a row
+ROWS = 16  # rows up to which a product is a matter of memory, and not of arithmetic
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:

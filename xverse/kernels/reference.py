@@ -5,9 +5,19 @@ K key/value head, E head size, F feed-forward, V vocabulary, X expert, P page. `
 [tokens, query heads, head size].
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that an operation applies to its input first; see `rms_norm`."""
+
+    weight_D: Tensor
+    eps: float
+    weight_in_fp32: bool
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, weight_in_fp32: bool) -> Tensor:
@@ -46,6 +56,63 @@ def attend(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
     future_TS = torch.ones_like(scores_HTS[0], dtype=torch.bool).triu(past + 1)
     weights_HTS = scores_HTS.masked_fill(future_TS, float("-inf")).softmax(-1).to(q_THE.dtype)
     return torch.einsum("hts,she->the", weights_HTS, v_SHE)
+
+
+def multiply_rows(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    *,
+    norm: Norm | None = None,
+    bias_N: Tensor | None = None,
+    residual_TN: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """x @ weight.T of a few tokens, with what stands before and after it in a block. -> [T, N].
+
+    First RMSNorm of x, if given; the sum in fp32, rounded; the bias added; if `gated`, the upper
+    half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2]; then the residual
+    added. Each step rounds to x's dtype, as the plain decoder does.
+    """
+    if norm is not None:
+        x_TD = rms_norm(x_TD, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
+    y_TN = functional.linear(x_TD, weight_ND, bias_N)
+    if gated:
+        y_TN = swiglu(*y_TN.chunk(2, dim=-1))
+    return y_TN if residual_TN is None else residual_TN + y_TN
+
+
+def attend_pages(
+    qkv_TN: Tensor,
+    cos_SE: Tensor,
+    sin_SE: Tensor,
+    positions_T: Tensor,
+    pages_TP: Tensor,
+    keys_PKSE: Tensor,
+    values_PKSE: Tensor,
+) -> Tensor:
+    """Decode attention: one new token of each of T sequences, over a paged cache. -> [T, H * E].
+
+    `qkv_TN` holds q, k, v of each token one after another, as the joint projection gives them.
+    Rotates q and k by row `positions_T` of the tables, stores k and v at that place of the
+    sequence's pages (`pages_TP` lists them in order), and mixes what the sequence holds by then.
+    """
+    _, kv_heads, page_size, size = keys_PKSE.shape
+    heads = qkv_TN.shape[1] // size - 2 * kv_heads
+    qkv = qkv_TN.unflatten(-1, (-1, size))
+    qk, v_TKE = qkv.split((heads + kv_heads, kv_heads), dim=1)
+    rotated = rotate(qk, cos_SE[positions_T], sin_SE[positions_T])
+    q_THE, k_TKE = rotated.split((heads, kv_heads), dim=1)
+    mixed = []
+    for token, position in enumerate(positions_T.tolist()):
+        page, slot = pages_TP[token, position // page_size], position % page_size
+        keys_PKSE[page, :, slot], values_PKSE[page, :, slot] = k_TKE[token], v_TKE[token]
+        held = pages_TP[token, : position // page_size + 1].long()
+        k_SKE, v_SKE = (
+            pool[held].transpose(1, 2).flatten(0, 1)[: position + 1]
+            for pool in (keys_PKSE, values_PKSE)
+        )
+        mixed.append(attend(q_THE[token][None], k_SKE, v_SKE)[0])
+    return torch.stack(mixed).flatten(1)
 
 
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

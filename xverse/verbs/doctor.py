@@ -4,6 +4,10 @@ import json
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 OPTIONAL = {
     "transformers": "hf",
@@ -65,23 +69,28 @@ def examine() -> dict[str, object]:
         f"{total_memory(torch.device('cpu')) / 2**30:.0f} GiB",
         "gpu": gpus or ["none that this PyTorch sees"],
         "device": f"{device}, in {'bfloat16' if device.type == 'cpu' else 'the folder dtype'}",
-        "kernels": _kernels(device.type),
+        "kernels": _kernels(device),
         "libraries": [_version(name, extra) for name, extra in OPTIONAL.items()],
         "models": models,
     }
 
 
-def _kernels(device: str) -> list[str]:
+def _kernels(device: "torch.device") -> list[str]:
+    import torch
+
+    from xverse.kernels import dispatch
+
     attention = "scaled_dot_product_attention, the backend PyTorch picks"
     product = (
         "one row of bf16 by the matrix-vector product, which reads weights faster; else oneDNN"
-        if device == "cpu"
+        if device.type == "cpu"
         else "cuBLAS"
     )
     return [
         f"attention: {attention}",
         f"products: {product}",
         "norm, rope, SwiGLU, routing: plain PyTorch (the reference)",
+        *map(str, dispatch.table(device, torch.bfloat16)),
     ]
 
 

@@ -1,0 +1,55 @@
+"""The fused decode step against the plain decoder."""
+
+import pytest
+import torch
+
+from tests.tiny_model import published_config, random_decoder
+from xverse.engine.step import DecodeStep, unfit
+from xverse.errors import XverseError
+from xverse.model.cache import Growing
+from xverse.model.fuse import fuse
+from xverse.quant.quantize import quantize
+
+LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True}
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA, {"tie_word_embeddings": True}])
+@torch.inference_mode()
+def test_a_step_gives_the_decoders_logits_and_keeps_its_keys(changes: dict[str, object]) -> None:
+    config = published_config() | changes
+    decoder = fuse(random_decoder(config, dtype=torch.float32))
+    shape, page_size = decoder.shape, 16
+    pool = (6, shape.num_key_value_heads, page_size, shape.head_dim)
+    keys, values = ([torch.zeros(pool) for _ in decoder.model.layers] for _ in range(2))
+    step = DecodeStep(
+        decoder, keys, values, torch.tensor([[4, 0, 5], [1, 3, 2]], dtype=torch.int32)
+    )
+    plain = Growing(shape, 2, dtype=torch.float32)
+    ids = torch.arange(2 * 40).view(40, 2) * 7 % shape.vocab_size
+    for place, pair in enumerate(ids):
+        expected = decoder(pair, plain.extend([1, 1]), plain)
+        step.ids.copy_(pair)
+        step.positions.fill_(place)
+        assert torch.allclose(step(), expected, atol=1e-3), place
+    with pytest.raises(XverseError, match="cannot be captured"):
+        step.capture()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "length"),
+        ({}, "apart"),
+    ],
+)
+def test_a_model_without_a_fused_step_is_told_why(changes: dict[str, object], why: str) -> None:
+    decoder = random_decoder(published_config() | changes)
+    assert why in unfit(decoder)
+    with pytest.raises(XverseError, match="no fused decode step"):
+        DecodeStep(decoder, [], [], torch.zeros(1, 1, dtype=torch.int32))
+
+
+def test_experts_and_quantized_weights_are_refused() -> None:
+    assert "experts" in unfit(fuse(random_decoder(published_config(moe=True))))
+    quantized = fuse(quantize(random_decoder(published_config()), 8))
+    assert "quantized" in unfit(quantized)
