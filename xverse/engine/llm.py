@@ -1,14 +1,16 @@
 """WORDS -> WORDS. `LLM`: a model in this process, asked with text or with messages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
 from xverse.checkpoint.load import load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
-from xverse.engine.request import Answer, Finish, Piece, Sampling, Token
-from xverse.engine.simple import decode
+from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.loop import Loop
+from xverse.engine.request import Answer, Finish, Piece, Request, Sampling, Token
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.fuse import fuse
@@ -17,14 +19,14 @@ from xverse.text.chat import Cut, Encoded, chat_format, prompt_budget
 from xverse.text.stream import TextStream
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
-SIDE_BY_SIDE = 16  # prompts decoded at once: bounds the memory of `generate` over long lists
-
 
 class LLM:
     """A language model ready to answer.
 
     `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
-    `quantize` 8 or 4 rounds the weights by the published scheme after loading.
+    `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
+    many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
+    Threads may share an LLM: what they ask for is computed together.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         quantize: int | None = None,
+        kv_tokens: int | None = None,
     ) -> None:
         self.model = load(model, dtype=dtype, device=device)
         if quantize is not None:
@@ -41,6 +44,9 @@ class LLM:
         self.decoder = fuse(self.model.decoder)
         self.tokenizer = self.model.tokenizer
         self.title = self.model.checkpoint.title
+        options = EngineOptions(kv_tokens=kv_tokens)
+        self.engine = Engine(self.decoder, end_ids=self.model.end_ids, options=options)
+        self._loop = Loop(self.engine)
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None) -> Answer: ...
@@ -133,26 +139,25 @@ class LLM:
                 f"The model's context holds {self.context} tokens for both.",
                 "Shorten the prompt or lower max_tokens.",
             )
+        if not asked:  # then the answer ends where memory does
+            room = min(room, max(1, self.engine.capacity - len(ids)))
         return replace(filled, max_tokens=min(filled.max_tokens or room, room))
 
     def _answer(self, prompts: Sequence[list[int]], sampling: Sampling | None) -> list[Answer]:
-        answers: list[Answer] = []
-        for start in range(0, len(prompts), SIDE_BY_SIDE):
-            wave = prompts[start : start + SIDE_BY_SIDE]
-            outputs = self._outputs(len(wave), sampling)
-            for _ in self._run(wave, sampling, outputs):
-                pass
-            answers += [out.answer(len(ids)) for out, ids in zip(outputs, wave, strict=True)]
-        return answers
+        outputs = self._outputs(len(prompts), sampling)
+        for _ in self._run(prompts, sampling, outputs):
+            pass
+        return [out.answer(len(ids)) for out, ids in zip(outputs, prompts, strict=True)]
 
     def _pieces(self, ids: list[int], sampling: Sampling | None) -> Iterator[Piece]:
         outputs = self._outputs(1, sampling)
         pending: list[int] = []
-        for token, text in self._run([ids], sampling, outputs):
-            pending.append(token.id)
-            if text or outputs[0].finish:
-                yield Piece(text, tuple(pending), outputs[0].finish)
-                pending = []
+        with closing(self._run([ids], sampling, outputs)) as run:
+            for token, text in run:
+                pending.append(token.id)
+                if text or outputs[0].finish:
+                    yield Piece(text, tuple(pending), outputs[0].finish)
+                    pending = []
 
     def _outputs(self, count: int, sampling: Sampling | None) -> list["_Output"]:
         stop = self._filled(sampling).stop
@@ -160,17 +165,17 @@ class LLM:
 
     def _run(
         self, prompts: Sequence[list[int]], sampling: Sampling | None, outputs: list["_Output"]
-    ) -> Iterator[tuple[Token, str]]:
+    ) -> Generator[tuple[Token, str], None, None]:
         """Decode, each token with the text that it made final; a stop string ends its prompt."""
         ended: set[int] = set()
-        samplings = [self._fitted(ids, sampling) for ids in prompts]
-        tokens = decode(self.decoder, prompts, samplings, end_ids=self.model.end_ids, ended=ended)
-        for token in tokens:
-            output = outputs[token.request]
-            text = output.take(token)
-            if output.finish:
-                ended.add(token.request)
-            yield token, text
+        requests = [Request(tuple(ids), self._fitted(ids, sampling)) for ids in prompts]
+        with closing(self._loop.run(requests, ended)) as tokens:
+            for token in tokens:
+                output = outputs[token.request]
+                text = output.take(token)
+                if output.finish:
+                    ended.add(token.request)
+                yield token, text
 
 
 class _Output:

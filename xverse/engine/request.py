@@ -101,12 +101,32 @@ def sampling_of(generation_config: Mapping[str, object]) -> Sampling:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A prompt to be continued. Pages of KV memory are shared only within a `namespace`.
+
+    `sampling` must be filled and have max_tokens.
+    """
+
+    ids: tuple[int, ...]
+    sampling: Sampling
+    namespace: str = ""
+
+
+@dataclass(frozen=True)
 class Token:
     """One decoded token of the prompt numbered `request`; `finish` on its last one."""
 
     request: int
     id: int
     finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The prompt numbered `request` got no further, for a reason that is its own."""
+
+    request: int
+    error: XverseError
 
 
 @dataclass(frozen=True)

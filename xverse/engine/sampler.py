@@ -21,6 +21,11 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice is always the best logit as it is."""
+        return self.sampling.temperature == 0.0 and self.sampling.repetition_penalty == 1.0
+
     def choose(self, logits_V: Tensor, seen: Sequence[int]) -> int:
         """The next token after `seen` (prompt and answer so far), from its logits [V]."""
         penalty, temperature = self.sampling.repetition_penalty, self.sampling.temperature

@@ -1,8 +1,8 @@
 """THE SPECIFICATION. Every operation of the models, as plain PyTorch and nothing else.
 
 Letters in names, through the whole package: B sequence in a batch, T token, D hidden, H query head,
-K key/value head, E head size, F feed-forward, V vocabulary, X expert, P page. `q_THE` is a tensor
-[tokens, query heads, head size].
+K key/value head, E head size, F feed-forward, V vocabulary, X expert, P page, S token in a page or
+in what was seen. `q_THE` is a tensor [tokens, query heads, head size].
 """
 
 import torch
@@ -46,6 +46,24 @@ def attend(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
     future_TS = torch.ones_like(scores_HTS[0], dtype=torch.bool).triu(past + 1)
     weights_HTS = scores_HTS.masked_fill(future_TS, float("-inf")).softmax(-1).to(q_THE.dtype)
     return torch.einsum("hts,she->the", weights_HTS, v_SHE)
+
+
+def attend_pages(
+    q_BHE: Tensor, keys_PKSE: Tensor, values_PKSE: Tensor, tables_BP: Tensor, lengths_B: Tensor
+) -> Tensor:
+    """One new token of each of B sequences against its past in pages of S tokens. -> [B, H, E].
+
+    Page i of sequence b is `tables[b, i]`; of all its pages the first `lengths[b]` tokens count,
+    the new one the last of them. Paged attention, Kwon et al. 2023.
+    """
+    mixed = []
+    for q_HE, table_P, length in zip(q_BHE, tables_BP, lengths_B.tolist(), strict=True):
+        k_SKE, v_SKE = (
+            pages[table_P].transpose(1, 2).flatten(0, 1)[:length]
+            for pages in (keys_PKSE, values_PKSE)
+        )
+        mixed.append(attend(q_HE[None], k_SKE, v_SKE))
+    return torch.cat(mixed)
 
 
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

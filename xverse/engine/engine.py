@@ -1,0 +1,129 @@
+"""REQUESTS -> TOKENS, ALL AT ONCE. Many requests through one decoder, step by step.
+
+Requests may come and go between any two steps; each gets the tokens that it would get alone.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from xverse.engine.memory import pool_tokens
+from xverse.engine.paged import Paged
+from xverse.engine.pages import Pages
+from xverse.engine.request import Failed, Finish, Request, Token
+from xverse.engine.runner import Choice, run_step
+from xverse.engine.sampler import Sampler
+from xverse.engine.scheduler import Generation, Scheduler
+from xverse.errors import XverseError
+from xverse.log import logger
+from xverse.model.decoder import Decoder
+
+Output = Token | Failed
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much is done at once. `kv_tokens` None sizes the KV memory by the machine.
+
+    `step_tokens` bounds the prompt tokens beside those who decode, hence how long these wait.
+    """
+
+    kv_tokens: int | None = None
+    page_size: int = 16
+    step_tokens: int = 512
+    max_running: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise XverseError(
+                    f"{name} cannot be {value!r:.60}.",
+                    "It counts tokens or sequences.",
+                    "Give a whole number of at least 1.",
+                )
+        if self.max_running > self.step_tokens:
+            raise XverseError(
+                f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
+                "Each that decodes brings a token to every step.",
+                "Raise step_tokens or lower max_running.",
+            )
+
+
+class Engine:
+    """A decoder, its KV memory and its queue. One thread at a time may use it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        end_ids: Collection[int] = (),
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.end_ids = frozenset(end_ids)
+        self.options = options or EngineOptions()
+        weight = decoder.model.embed_tokens.weight
+        size = self.options.page_size
+        tokens = self.options.kv_tokens or pool_tokens(
+            decoder.shape, weight.dtype, weight.device, self.options.max_running
+        )
+        self.pages = Pages(-(-tokens // size), size)
+        self.kv = Paged(
+            decoder.shape, self.pages.count, size, dtype=weight.dtype, device=weight.device
+        )
+        self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
+        logger.info("the KV cache has room for %d tokens", self.capacity)
+        self._generations: dict[int, Generation] = {}
+        self._next = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV memory holds, of all requests together."""
+        return self.pages.count * self.pages.size
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._generations)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its number. XverseError where it can never fit."""
+        assert request.ids, "a prompt has tokens"
+        number = self._next
+        generation = Generation(number, request, Sampler(request.sampling), list(request.ids))
+        self.scheduler.add(generation)
+        self._generations[number] = generation
+        self._next += 1
+        return number
+
+    def abort(self, number: int) -> None:
+        """Forget a request and take its memory back; nothing where it has ended already."""
+        generation = self._generations.pop(number, None)
+        if generation is not None:
+            self.scheduler.remove(generation)
+
+    def step(self) -> Sequence[Output]:
+        """Compute one step; what came of it in the order of requests. Empty where none waits."""
+        chunks = self.scheduler.plan()
+        assert chunks or not self.busy, "whoever fits at all fits when alone"
+        if not chunks:
+            return []
+        choices = run_step(self.decoder, self.kv, chunks)
+        self.scheduler.computed(chunks)
+        choices.sort(key=lambda choice: choice[0].number)
+        return [self._take(generation, choice) for generation, choice in choices]
+
+    def _take(self, generation: Generation, choice: Choice) -> Output:
+        if isinstance(choice, XverseError):
+            self.abort(generation.number)
+            return Failed(generation.number, choice)
+        generation.ids.append(choice)
+        sampling = generation.request.sampling
+        finish: Finish | None = None
+        if choice in self.end_ids and not sampling.ignore_eos:
+            finish = "stop"
+        elif len(generation.ids) - len(generation.request.ids) == sampling.max_tokens:
+            finish = "length"
+        if finish:
+            self.abort(generation.number)
+        return Token(generation.number, choice, finish)
