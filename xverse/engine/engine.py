@@ -90,7 +90,9 @@ class Engine:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
         number = self._next
-        generation = Generation(number, request, Sampler(request.sampling), list(request.ids))
+        generation = Generation(
+            number, request, Sampler(request.sampling), self._namespace(request), list(request.ids)
+        )
         self.scheduler.add(generation)
         self._generations[number] = generation
         self._next += 1
@@ -112,6 +114,14 @@ class Engine:
         self.scheduler.computed(chunks)
         choices.sort(key=lambda choice: choice[0].number)
         return [self._take(generation, choice) for generation, choice in choices]
+
+    def _namespace(self, request: Request) -> str:
+        """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
+        shape, tokens = self.decoder.shape, len(request.ids)
+        scaling = shape.rope_scaling
+        dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        long = dynamic and tokens > shape.max_position_embeddings
+        return f"{tokens}:{request.namespace}" if long else f":{request.namespace}"
 
     def _take(self, generation: Generation, choice: Choice) -> Output:
         if isinstance(choice, XverseError):

@@ -20,11 +20,15 @@ from xverse.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class Part:
-    """What one sequence brings to a step: `count` new tokens after `held` ones, in `pages`."""
+    """What one sequence brings to a step: `count` new tokens after `held` ones, in `pages`.
+
+    Rope that scales with the length counts at least the `prompt`'s tokens, however it is cut.
+    """
 
     pages: Sequence[int]
     held: int
     count: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Paged:
             assert part.held + part.count <= len(part.pages) * self.page_size, "pages suffice"
         self._groups = list(self._grouped(parts))
         positions = [p.held + i for p in parts for i in range(p.count)]
-        lengths = [p.held + p.count for p in parts for _ in range(p.count)]
+        lengths = [max(p.prompt, p.held + i + 1) for p in parts for i in range(p.count)]
         rows = [
             (part.pages[place // self.page_size] * self.heads, place % self.page_size)
             for part in parts

@@ -24,7 +24,9 @@ def run_step(
     for chunk in chunks:
         generation = chunk.generation
         assert generation.table is not None, "what runs has pages"
-        parts.append(Part(generation.table.pages, generation.held, chunk.count))
+        parts.append(
+            Part(generation.table.pages, generation.held, chunk.count, len(generation.request.ids))
+        )
         ids += generation.ids[generation.held : generation.held + chunk.count]
         if chunk.complete:
             last.append(len(ids) - 1)

@@ -28,6 +28,7 @@ class Generation:
     number: int
     request: Request
     sampler: Sampler
+    namespace: str
     ids: list[int]
     held: int = 0
     table: Table | None = None
@@ -126,7 +127,7 @@ class Scheduler:
         generation = self.waiting[0]
         spare = len(self.running)  # each may want a page soon
         table = self.pages.open(
-            generation.request.namespace, generation.ids, len(generation.ids) - 1, spare
+            generation.namespace, generation.ids, len(generation.ids) - 1, spare
         )
         if table is None:
             return None
