@@ -3,21 +3,22 @@
 Requests may come and go between any two steps; each gets the tokens that it would get alone.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from xverse.engine.memory import pool_tokens
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Pages
-from xverse.engine.request import Failed, Finish, Request, Token
+from xverse.engine.request import Failed, Finish, Request, Scores, Token
 from xverse.engine.runner import Choice, run_step
-from xverse.engine.sampler import Sampler
+from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Generation, Scheduler
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.decoder import Decoder
 
-Output = Token | Failed
+Output = Token | Scores | Failed
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
-        number = self._next
+        assert request.score_from != 0, "nothing foretells the first token"
+        number, sampling = self._next, request.sampling
+        sampler = Sampler(sampling, self.end_ids) if sampling else None
         generation = Generation(
-            number, request, Sampler(request.sampling), self._namespace(request), list(request.ids)
+            number, request, sampler, self._namespace(request), list(request.ids)
         )
         self.scheduler.add(generation)
         self._generations[number] = generation
@@ -113,7 +116,7 @@ class Engine:
         choices = run_step(self.decoder, self.kv, chunks)
         self.scheduler.computed(chunks)
         choices.sort(key=lambda choice: choice[0].number)
-        return [self._take(generation, choice) for generation, choice in choices]
+        return [output for choice in choices for output in self._take(*choice)]
 
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
@@ -123,17 +126,30 @@ class Engine:
         long = dynamic and tokens > shape.max_position_embeddings
         return f"{tokens}:{request.namespace}" if long else f":{request.namespace}"
 
-    def _take(self, generation: Generation, choice: Choice) -> Output:
+    def _take(self, generation: Generation, choice: Choice) -> Iterator[Output]:
+        number, request = generation.number, generation.request
+        if any(map(math.isnan, generation.scores)):
+            choice = not_a_number()
         if isinstance(choice, XverseError):
-            self.abort(generation.number)
-            return Failed(generation.number, choice)
-        generation.ids.append(choice)
-        sampling = generation.request.sampling
-        finish: Finish | None = None
-        if choice in self.end_ids and not sampling.ignore_eos:
-            finish = "stop"
-        elif len(generation.ids) - len(generation.request.ids) == sampling.max_tokens:
-            finish = "length"
+            self.abort(number)
+            yield Failed(number, choice)
+            return
+        if request.score_from is not None and len(generation.ids) == len(request.ids):
+            yield Scores(number, tuple(generation.scores), last=choice is None)
+        if choice is None:
+            self.abort(number)
+            return
+        generation.ids.append(choice.id)
+        finish = self._finish(generation)
         if finish:
-            self.abort(generation.number)
-        return Token(generation.number, choice, finish)
+            self.abort(number)
+        yield Token(number, choice.id, finish, choice.logprob, choice.top)
+
+    def _finish(self, generation: Generation) -> Finish | None:
+        sampling, latest = generation.request.sampling, generation.ids[-1]
+        assert sampling is not None, "who chooses has options"
+        ends = latest in self.end_ids and not sampling.ignore_eos
+        if ends or latest in sampling.stop_ids:
+            return "stop"
+        new = len(generation.ids) - len(generation.request.ids)
+        return "length" if new == sampling.max_tokens else None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 
 from xverse.engine.engine import Engine, Output
-from xverse.engine.request import Failed, Request, Token
+from xverse.engine.request import Failed, Request, Scores, Token
 
 Box = deque[Output]
 
@@ -26,8 +26,8 @@ class Loop:
 
     def run(
         self, requests: Sequence[Request], ended: Collection[int] = ()
-    ) -> Generator[Token, None, None]:
-        """Tokens of these requests as they come, `request` being the place in the sequence.
+    ) -> Generator[Token | Scores, None, None]:
+        """Tokens and scores as they come, `request` being the place in the sequence given.
 
         A request ends early when the reader has put its place into `ended`. Raises what one of
         them failed of. Closing the iterator aborts all that are unfinished.
@@ -48,7 +48,7 @@ class Loop:
                 place = places[output.request]
                 if isinstance(output, Failed):
                     raise output.error
-                if output.finish:
+                if _last(output):
                     del places[output.request]
                 yield replace(output, request=place)
                 if ended:
@@ -77,7 +77,7 @@ class Loop:
         for output in self.engine.step():
             number = output.request
             box = self._boxes[number]
-            if isinstance(output, Failed) or output.finish:
+            if _last(output):
                 del self._boxes[number]
             box.append(output)
         self._forget_those_left()
@@ -87,3 +87,10 @@ class Loop:
             number = self._left.popleft()
             self._boxes.pop(number, None)
             self.engine.abort(number)
+
+
+def _last(output: Output) -> bool:
+    """Whether nothing more comes of its request."""
+    if isinstance(output, Token):
+        return output.finish is not None
+    return isinstance(output, Failed) or output.last

@@ -1,62 +1,103 @@
 """CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from xverse.engine.paged import Paged, Part
+from xverse.engine.sampler import Sampler
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
 
-Choice = int | XverseError
+SCORED_AT_ONCE = 64  # rows of logits in fp32 that are held for prompt log-probabilities
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token and, where asked for, its log-probability and the best ids with theirs."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Choice = Chosen | XverseError | None  # None: all is computed, and nothing was to be chosen
 
 
 @torch.inference_mode()
 def run_step(
     decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]
 ) -> list[tuple[Generation, Choice]]:
-    """Compute the chunks. For each that is complete: its next token, or why there is none."""
+    """Compute the chunks. For each that is complete: its next token, or why there is none.
+
+    Log-probabilities of prompt tokens are added to the generations' `scores`.
+    """
     parts: list[Part] = []
     ids: list[int] = []
     last: list[int] = []  # rows whose logits choose a token
     for chunk in chunks:
-        generation = chunk.generation
+        generation, held = chunk.generation, chunk.generation.held
         assert generation.table is not None, "what runs has pages"
-        parts.append(
-            Part(generation.table.pages, generation.held, chunk.count, len(generation.request.ids))
-        )
-        ids += generation.ids[generation.held : generation.held + chunk.count]
-        if chunk.complete:
+        prompt = len(generation.request.ids)
+        parts.append(Part(generation.table.pages, held, chunk.count, prompt))
+        ids += generation.ids[held : held + chunk.count]
+        if chunk.complete and generation.sampler is not None:
             last.append(len(ids) - 1)
     ids_T = torch.tensor(ids, device=kv.device)
     hidden_TD = decoder.hidden(ids_T, kv.begin(parts), kv)
-    if not last:
-        return []
-    logits_BV = decoder.logits(hidden_TD[torch.tensor(last, device=kv.device)])
+    choices: list[Choice] = []
     complete = [chunk.generation for chunk in chunks if chunk.complete]
-    return list(zip(complete, choose(complete, logits_BV), strict=True))
+    choosing = [generation for generation in complete if generation.sampler is not None]
+    if last:
+        logits_BV = decoder.logits(hidden_TD[torch.tensor(last, device=kv.device)])
+        choices = choose(choosing, logits_BV)
+    _score(decoder, chunks, hidden_TD)
+    scored = [(generation, None) for generation in complete if generation.sampler is None]
+    return [*zip(choosing, choices, strict=True), *scored]
 
 
 def choose(generations: Sequence[Generation], logits_BV: Tensor) -> list[Choice]:
-    """The next token of each; all that are plainly greedy in one operation."""
-    greedy = [row for row, g in enumerate(generations) if g.sampler.greedy]
-    choices: list[Choice] = [0] * len(generations)
-    if len(greedy) > 1:
-        every = len(greedy) == len(generations)
-        best = (logits_BV if every else logits_BV[greedy]).max(-1)
-        sound = (~best.values.isnan()).tolist()
-        for row, id, is_number in zip(greedy, best.indices.tolist(), sound, strict=True):
-            choices[row] = id if is_number else _one(generations[row], logits_BV[row])
-    alone = range(len(generations)) if len(greedy) < 2 else set(range(len(generations))) - {*greedy}
-    for row in alone:
-        choices[row] = _one(generations[row], logits_BV[row])
+    """The next token of each; the best ones of all are found in one operation."""
+    best = logits_BV.max(-1)
+    sound = (~best.values.isnan()).tolist()
+    choices: list[Choice] = []
+    for row, (generation, id) in enumerate(zip(generations, best.indices.tolist(), strict=True)):
+        sampler = generation.sampler
+        assert sampler is not None, "who chooses has a sampler"
+        try:
+            if not (sampler.greedy and sound[row]):
+                start = len(generation.request.ids)
+                id = sampler.choose(logits_BV[row], generation.ids, start)
+            choices.append(_with_logprobs(sampler, id, logits_BV[row]))
+        except XverseError as error:  # its own misfortune: the others go on
+            choices.append(error)
     return choices
 
 
-def _one(generation: Generation, logits_V: Tensor) -> Choice:
-    try:
-        return generation.sampler.choose(logits_V, generation.ids)
-    except XverseError as error:  # its own misfortune: the others go on
-        return error
+def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
+    wanted = sampler.sampling.logprobs
+    if wanted is None:
+        return Chosen(id)
+    logprobs_V = logits_V.float().log_softmax(-1)
+    top = logprobs_V.topk(min(wanted, len(logprobs_V)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Chosen(id, float(logprobs_V[id]), tuple(pairs))
+
+
+def _score(decoder: Decoder, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+    """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
+    start = 0
+    for chunk in chunks:
+        generation, ids = chunk.generation, chunk.generation.request.ids
+        row = start - generation.held  # of the token at position 0
+        end = min(generation.held + chunk.count + 1, len(ids))
+        for first in range(generation.unscored, end, SCORED_AT_ONCE):
+            stop = min(first + SCORED_AT_ONCE, end)
+            logits_TV = decoder.logits(hidden_TD[row + first - 1 : row + stop - 1])
+            wanted = torch.tensor(ids[first:stop], device=logits_TV.device)
+            logprobs_T = logits_TV.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            generation.scores += logprobs_T.tolist()
+        start += chunk.count

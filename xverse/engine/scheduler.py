@@ -27,11 +27,18 @@ class Generation:
 
     number: int
     request: Request
-    sampler: Sampler
+    sampler: Sampler | None
     namespace: str
     ids: list[int]
+    scores: list[float] = field(default_factory=list)
     held: int = 0
     table: Table | None = None
+
+    @property
+    def unscored(self) -> int:
+        """The next prompt token whose log-probability is wanted; past the prompt if none is."""
+        start = self.request.score_from
+        return len(self.request.ids) if start is None else start + len(self.scores)
 
     @property
     def missing(self) -> int:
@@ -65,7 +72,8 @@ class Scheduler:
     def add(self, generation: Generation) -> None:
         """Queue it; XverseError where even the whole memory would not do."""
         request = generation.request
-        most = len(request.ids) + (request.sampling.max_tokens or 0)
+        answer = request.sampling.max_tokens if request.sampling else 0
+        most = len(request.ids) + (answer or 0)
         if self.pages.needed(most) > self.pages.count:
             raise XverseError(
                 f"A prompt of {len(request.ids)} tokens with an answer of up to "
@@ -122,18 +130,28 @@ class Scheduler:
 
     def _admit(self) -> Generation | None:
         """The next in the queue, if all it has so far fits and leaves a page to decode into."""
-        if not self.waiting or len(self.running) >= self.max_running:
+        if len(self.running) >= self.max_running:
             return None
-        generation = self.waiting[0]
+        # Prompts that are being computed this moment: their twins share the pages a step later.
+        begun = {(g.namespace, g.request.ids) for g in self.running if g.missing > 1}
+        free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
+        generation = next(free, None)
+        if generation is None:
+            return None
         spare = len(self.running)  # each may want a page soon
         table = self.pages.open(
-            generation.namespace, generation.ids, len(generation.ids) - 1, spare
+            generation.namespace,
+            generation.ids,
+            # Whose log-probability is wanted, the token before it must be computed.
+            min(len(generation.ids), generation.unscored) - 1,
+            spare,
         )
         if table is None:
             return None
         generation.table = table
         generation.held = len(table.path) * self.pages.size
-        insort(self.running, self.waiting.pop(0), key=_arrival)
+        self.waiting.remove(generation)
+        insort(self.running, generation, key=_arrival)
         return generation
 
     def _preempt(self, generation: Generation) -> None:
