@@ -99,6 +99,18 @@ def test_a_known_beginning_is_not_computed_again() -> None:
     assert again.held == 13
 
 
+def test_twins_wait_for_each_other_and_others_pass() -> None:
+    it = scheduler(step_tokens=8)
+    for number in range(3):
+        ids = tuple(range(13)) if number < 2 else (5, 5)
+        request = Request(ids, greedy(8))
+        it.add(Generation(number, request, Sampler(request.sampling), "", list(ids)))
+    assert step(it) == {0: 8}
+    assert step(it) == {0: 5, 2: 2}
+    assert step(it) == {1: 1, 0: 1, 2: 1}
+    assert it.running[1].held == 13
+
+
 def test_removing_at_any_moment_returns_every_page() -> None:
     it = scheduler(pages=9, size=2, step_tokens=8)
     for number in range(200):

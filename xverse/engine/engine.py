@@ -91,6 +91,13 @@ class Engine:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
         assert request.score_from != 0, "nothing foretells the first token"
+        known = self.decoder.shape.vocab_size
+        if not all(0 <= id < known for id in request.ids):
+            raise XverseError(
+                "The prompt has ids that the model does not know.",
+                f"They go from 0 to {known - 1}.",
+                "Encode it with this model's own tokenizer.",
+            )
         number, sampling = self._next, request.sampling
         sampler = Sampler(sampling, self.end_ids) if sampling else None
         generation = Generation(

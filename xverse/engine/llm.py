@@ -190,7 +190,7 @@ class LLM:
         return replace(filled, max_tokens=min(filled.max_tokens or room, room))
 
     def _scored(self, ids: Sequence[int], start: int) -> Request:
-        if start < 1 or len(ids) > self.context:
+        if not ids or start < 1 or len(ids) > self.context:
             raise XverseError(
                 f"A text of {len(ids)} tokens cannot be scored from token {start} on.",
                 f"The first token has nothing before it, and the context holds {self.context}.",

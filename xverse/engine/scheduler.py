@@ -36,9 +36,11 @@ class Generation:
 
     @property
     def unscored(self) -> int:
-        """The next prompt token whose log-probability is wanted; past the prompt if none is."""
-        start = self.request.score_from
-        return len(self.request.ids) if start is None else start + len(self.scores)
+        """The next prompt token whose log-probability is wanted; past all tokens if none is."""
+        start, prompt = self.request.score_from, len(self.request.ids)
+        if start is None or start + len(self.scores) >= prompt:
+            return len(self.ids)
+        return start + len(self.scores)
 
     @property
     def missing(self) -> int:
@@ -142,8 +144,8 @@ class Scheduler:
         table = self.pages.open(
             generation.namespace,
             generation.ids,
-            # Whose log-probability is wanted, the token before it must be computed.
-            min(len(generation.ids), generation.unscored) - 1,
+            # The last token, or the one before the next to be scored, must be computed.
+            generation.unscored - 1,
             spare,
         )
         if table is None:
