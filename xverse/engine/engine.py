@@ -26,12 +26,14 @@ class EngineOptions:
     """How much is done at once. `kv_tokens` None sizes the KV memory by the machine.
 
     `step_tokens` bounds the prompt tokens beside those who decode, hence how long these wait.
+    `deterministic`: equal to the last bit, alone or among others, at some cost in speed.
     """
 
     kv_tokens: int | None = None
     page_size: int = 16
     step_tokens: int = 512
     max_running: int = 64
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -48,6 +50,11 @@ class EngineOptions:
                 "Each that decodes brings a token to every step.",
                 "Raise step_tokens or lower max_running.",
             )
+
+
+# Matrix products of one size give a row the same bits wherever it stands among the others; with
+# another number of rows the libraries sum in another order.
+FIXED_ROWS = 16
 
 
 class Engine:
@@ -70,7 +77,12 @@ class Engine:
         )
         self.pages = Pages(-(-tokens // size), size)
         self.kv = Paged(
-            decoder.shape, self.pages.count, size, dtype=weight.dtype, device=weight.device
+            decoder.shape,
+            self.pages.count,
+            size,
+            dtype=weight.dtype,
+            device=weight.device,
+            fixed_rows=_fixed_rows(decoder) if self.options.deterministic else None,
         )
         self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
         logger.info("the KV cache has room for %d tokens", self.capacity)
@@ -160,3 +172,13 @@ class Engine:
             return "stop"
         new = len(generation.ids) - len(generation.request.ids)
         return "length" if new == sampling.max_tokens else None
+
+
+def _fixed_rows(decoder: Decoder) -> int:
+    if decoder.shape.num_experts:
+        raise XverseError(
+            "A mixture of experts cannot run in deterministic mode.",
+            "How many tokens meet in an expert depends on what else is asked.",
+            "Leave deterministic out.",
+        )
+    return FIXED_ROWS

@@ -27,7 +27,8 @@ class LLM:
     `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
     `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
-    Threads may share an LLM: what they ask for is computed together.
+    Threads may share an LLM: what they ask for is computed together, and with `deterministic` it
+    comes out equal to the last bit whatever else is asked.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class LLM:
         device: str = "auto",
         quantize: int | None = None,
         kv_tokens: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.model = load(model, dtype=dtype, device=device)
         if quantize is not None:
@@ -45,7 +47,7 @@ class LLM:
         self.decoder = fuse(self.model.decoder)
         self.tokenizer = self.model.tokenizer
         self.title = self.model.checkpoint.title
-        options = EngineOptions(kv_tokens=kv_tokens)
+        options = EngineOptions(kv_tokens=kv_tokens, deterministic=deterministic)
         self.engine = Engine(self.decoder, end_ids=self.model.end_ids, options=options)
         self._loop = Loop(self.engine)
 

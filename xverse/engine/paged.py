@@ -52,7 +52,11 @@ class Paged:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        fixed_rows: int | None = None,
     ) -> None:
+        """With `fixed_rows`, every step is filled up to that many rows, each attended to alone: a
+        token's numbers then depend on its own past only, to the last bit."""
+        self.fixed_rows = fixed_rows
         self.page_size, self.heads = page_size, shape.num_key_value_heads
         self.device = torch.device(device)
         size = (shape.num_hidden_layers, pages, self.heads, page_size, shape.head_dim)
@@ -82,6 +86,12 @@ class Paged:
         heads_K = torch.arange(self.heads, device=self.device)
         self._places = ((page_T[:, None] + heads_K) * self.page_size + slot_T[:, None]).flatten()
         self._lengths_T = self._tensor(lengths)
+        if self.fixed_rows is not None:
+            fill = self.fixed_rows - len(positions)
+            assert fill >= 0, "the step has no more rows than every step"
+            assert all(part.count == 1 for part in parts), "a token is a part"
+            positions += [0] * fill
+            self._lengths_T = self._tensor(lengths + [1] * fill)
         return self._tensor(positions)
 
     def lengths(self) -> Tensor:
@@ -90,11 +100,12 @@ class Paged:
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
         for pages, new in ((keys, k_TKE), (values, v_TKE)):
-            pages.flatten(0, 2).index_copy_(0, self._places, new.flatten(0, 1))
+            rows = new.flatten(0, 1)[: len(self._places)]
+            pages.flatten(0, 2).index_copy_(0, self._places, rows)
         mixed = []
         for group in self._groups:
             q = q_THE[group.rows]
-            if len(group.lengths_B) == len(q):
+            if len(group.lengths_B) == len(q) and self.fixed_rows is None:
                 mixed.append(attend_pages(q, keys, values, group.tables_BP, group.lengths_B))
             else:
                 k_KSE, v_KSE = (
@@ -102,6 +113,8 @@ class Paged:
                     for pages in (keys, values)
                 )
                 mixed.append(attend_sequence(q, k_KSE, v_KSE))
+        if self.fixed_rows is not None:
+            mixed.append(torch.zeros_like(q_THE[len(mixed) :]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
@@ -123,7 +136,7 @@ class Paged:
     def _alike(self, numbered: tuple[int, Part]) -> tuple[int, int]:
         """What neighbours share to be computed together: padding at most doubles the work."""
         number, part = numbered
-        if part.count > 1:
+        if part.count > 1 or self.fixed_rows is not None:
             return number, 0
         return -1, (part.held // self.page_size).bit_length()
 

@@ -46,17 +46,40 @@ def run_step(
         ids += generation.ids[held : held + chunk.count]
         if chunk.complete and generation.sampler is not None:
             last.append(len(ids) - 1)
-    ids_T = torch.tensor(ids, device=kv.device)
-    hidden_TD = decoder.hidden(ids_T, kv.begin(parts), kv)
+    hidden_TD = _hidden(decoder, kv, parts, ids)
     choices: list[Choice] = []
     complete = [chunk.generation for chunk in chunks if chunk.complete]
     choosing = [generation for generation in complete if generation.sampler is not None]
     if last:
-        logits_BV = decoder.logits(hidden_TD[torch.tensor(last, device=kv.device)])
+        logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
         choices = choose(choosing, logits_BV)
-    _score(decoder, chunks, hidden_TD)
+    _score(decoder, kv, chunks, hidden_TD)
     scored = [(generation, None) for generation in complete if generation.sampler is None]
     return [*zip(choosing, choices, strict=True), *scored]
+
+
+def _hidden(decoder: Decoder, kv: Paged, parts: list[Part], ids: list[int]) -> Tensor:
+    if kv.fixed_rows is None:
+        return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
+    rows, found = kv.fixed_rows, []
+    tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
+    for first in range(0, len(ids), rows):
+        some = torch.zeros(rows, dtype=torch.int64, device=kv.device)
+        count = min(rows, len(ids) - first)
+        some[:count] = torch.tensor(ids[first : first + count])
+        positions_T = kv.begin(tokens[first : first + count])
+        found.append(decoder.hidden(some, positions_T, kv)[:count])
+    return torch.cat(found)
+
+
+def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
+    if kv.fixed_rows is None:
+        return decoder.logits(hidden_TD)
+    found = []
+    for some in hidden_TD.split(kv.fixed_rows):
+        fill = some.new_zeros(kv.fixed_rows - len(some), some.shape[1])
+        found.append(decoder.logits(torch.cat((some, fill)))[: len(some)])
+    return torch.cat(found)
 
 
 def choose(generations: Sequence[Generation], logits_BV: Tensor) -> list[Choice]:
@@ -87,7 +110,7 @@ def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
     return Chosen(id, float(logprobs_V[id]), tuple(pairs))
 
 
-def _score(decoder: Decoder, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+def _score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
     """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
     start = 0
     for chunk in chunks:
@@ -96,7 +119,7 @@ def _score(decoder: Decoder, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None
         end = min(generation.held + chunk.count + 1, len(ids))
         for first in range(generation.unscored, end, SCORED_AT_ONCE):
             stop = min(first + SCORED_AT_ONCE, end)
-            logits_TV = decoder.logits(hidden_TD[row + first - 1 : row + stop - 1])
+            logits_TV = _logits(decoder, kv, hidden_TD[row + first - 1 : row + stop - 1])
             wanted = torch.tensor(ids[first:stop], device=logits_TV.device)
             logprobs_T = logits_TV.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             generation.scores += logprobs_T.tolist()
