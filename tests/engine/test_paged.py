@@ -47,11 +47,11 @@ def test_every_logit_as_if_alone(seed: int, dynamic: bool) -> None:
 
 
 def test_padding_is_never_seen() -> None:
-    """Short beside long; all that the short one's pages do not hold is very large."""
+    """Short beside long, in pages where somebody left what is no number."""
     decoder = tiny_decoder()
     kv = Paged(decoder.shape, 8, 4, dtype=torch.float32)
-    kv.keys.fill_(100.0)
-    kv.values.fill_(1e6)
+    kv.keys.fill_(float("nan"))
+    kv.values.fill_(float("nan"))
     texts, tables = [[5, 6], [*range(20, 30)]], [[7], [1, 3, 0]]
     for step in range(10):
         rows = [row for row in (0, 1) if step < len(texts[row])]

@@ -74,6 +74,7 @@ class Paged:
         for part in parts:
             assert part.count > 0, "a part brings tokens"
             assert part.held + part.count <= len(part.pages) * self.page_size, "pages suffice"
+        self._clear(parts)
         self._groups = list(self._grouped(parts))
         positions = [p.held + i for p in parts for i in range(p.count)]
         lengths = [max(p.prompt, p.held + i + 1) for p in parts for i in range(p.count)]
@@ -117,6 +118,20 @@ class Paged:
             mixed.append(torch.zeros_like(q_THE[len(mixed) :]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
+    def _clear(self, parts: Sequence[Part]) -> None:
+        """Zero the pages that begin in this step: what a mask hides is still multiplied, and
+        another request may have left NaN there."""
+        fresh = [
+            part.pages[place // self.page_size]
+            for part in parts
+            for place in range(part.held, part.held + part.count)
+            if place % self.page_size == 0
+        ]
+        if fresh:
+            pages = self._tensor(fresh)
+            self.keys.index_fill_(1, pages, 0)
+            self.values.index_fill_(1, pages, 0)
+
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
         start = 0
         for _, members in groupby(enumerate(parts), self._alike):
@@ -125,7 +140,8 @@ class Paged:
             used = -(-max(seen) // self.page_size)
             # Shorter tables are filled up with their own last page, which a mask hides.
             tables = [
-                [*part.pages[:used], *[part.pages[-1]] * (used - len(part.pages))] for part in group
+                [part.pages[min(place, (tokens - 1) // self.page_size)] for place in range(used)]
+                for part, tokens in zip(group, seen, strict=True)
             ]
             count = sum(part.count for part in group)
             yield _Group(
@@ -145,7 +161,7 @@ class Paged:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since what a mask hides is still multiplied. On a CPU, memory comes as it is used."""
+    """Memory that is zero; on a CPU the system hands it out only as it is used."""
     try:
         if device.type != "cpu":
             return torch.zeros(size, dtype=dtype, device=device)
