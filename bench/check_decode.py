@@ -58,7 +58,9 @@ def check_attention() -> None:
             angles = torch.randn(1024, size // 2, device="cuda").repeat(1, 2)
             cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
             qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size, device="cuda").bfloat16()
-            twin = reference.attend_pages(qkv, cos, sin, places, order, twin_keys, twin_values)
+            twin = reference.rotate_store_attend(
+                qkv, cos, sin, places, order, twin_keys, twin_values
+            )
             for pdl in (False, True):
                 for parts in (None, 1, 3):
                     scratch = attend_triton.Scratch.reserve(
@@ -66,7 +68,7 @@ def check_attention() -> None:
                     )
                     first = None
                     for _ in range(3):
-                        fast = attend_triton.attend_pages(
+                        fast = attend_triton.rotate_store_attend(
                             qkv, cos, sin, places, order, keys, values, scratch=scratch, pdl=pdl
                         )
                         assert first is None or torch.equal(first, fast), "equal bits again"

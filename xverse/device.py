@@ -83,3 +83,22 @@ def total_memory(device: "torch.device") -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes of memory that `device` could still give this process, as far as the system tells."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [total_memory(device)]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")  # the limit of a container; files it has cached can go
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()).isdecimal():
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(int(most) - int(used["anon"]))
+    return max(0, min(free))

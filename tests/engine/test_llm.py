@@ -42,8 +42,9 @@ def test_in_bf16_too(folder: Path) -> None:
     """Where rounding is coarse, one bit of difference would show within a few tokens."""
     small = LLM(folder)
     many = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=100, ignore_eos=True)
-    together = small.generate(PROMPTS, many)
-    assert together == [small.generate(prompt, many) for prompt in PROMPTS]
+    prompts = [*PROMPTS, "a b " * 40, "The 1 " * 20]
+    together = small.generate(prompts * 3, many)
+    assert together == [small.generate(prompt, many) for prompt in prompts] * 3
 
 
 def test_streams_join_to_the_answer(llm: LLM) -> None:

@@ -90,6 +90,32 @@ def test_extreme_logits_still_choose() -> None:
     assert Sampler(Sampling(temperature=0.01, top_p=0.5).over({})).choose(x, []) == 4
 
 
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    """OpenAI's definition: logit - count * frequency - (count > 0) * presence."""
+    x, seen = torch.zeros(6), [0, 0, 0, 2, 2, 3]
+    x[5] = -2.0
+    options = Sampling(presence_penalty=0.5, frequency_penalty=0.25).over({})
+    expected = torch.tensor([0.0, 0.0, -1.0, -0.75, 0.0, -2.0])
+    assert torch.equal(Sampler(options)._changed(x, seen, seen[3:]), expected)
+    assert Sampler(options).choose(x, [0, 1, 4], 0) == 2  # all others but 3 and 5 came already
+
+
+def test_bias_moves_the_choice_and_unknown_ids_are_refused() -> None:
+    x = scores()
+    best = int(x.argmax())
+    banned = Sampler(Sampling(logit_bias={best: -100.0}).over({})).choose(x, [])
+    assert banned == int(x.topk(2).indices[1])
+    assert Sampler(Sampling(logit_bias={7: 100.0}).over({})).choose(x, []) == 7
+    with pytest.raises(XverseError, match="no token 200"):
+        Sampler(Sampling(logit_bias={200: 1.0}).over({})).choose(x, [])
+
+
+def test_end_ids_do_not_come_before_min_tokens() -> None:
+    x = torch.tensor([3.0, 2.0, 1.0])
+    chooser = Sampler(Sampling(min_tokens=2, stop_ids=(1,)).over({}), end_ids={0})
+    assert [chooser.choose(x, [5, *[2] * n], 1) for n in range(3)] == [2, 2, 0]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -106,6 +132,15 @@ def test_extreme_logits_still_choose() -> None:
         {"seed": 2**64},
         {"stop": ("",)},
         {"stop": (3,)},
+        {"presence_penalty": 3},
+        {"frequency_penalty": "much"},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": [(1, 1)]},
+        {"stop_ids": (-1,)},
+        {"stop_ids": 1.5},
+        {"min_tokens": -1},
+        {"logprobs": 101},
     ],
 )
 def test_impossible_options_are_refused_in_words(bad: dict[str, object]) -> None:

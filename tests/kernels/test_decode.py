@@ -79,10 +79,10 @@ def test_attention_over_pages(
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     qkv = seeded(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
     scratch = attend_triton.Scratch.reserve(tokens, heads, kv_heads, size, "cpu", parts=parts)
-    fast = attend_triton.attend_pages(
+    fast = attend_triton.rotate_store_attend(
         qkv, cos, sin, positions, table, *caches, scratch=scratch, block=16
     )
-    twin = reference.attend_pages(qkv, cos, sin, positions, table, *twins)
+    twin = reference.rotate_store_attend(qkv, cos, sin, positions, table, *twins)
     assert close(fast, twin)
     assert all(torch.equal(cache, other) for cache, other in zip(caches, twins, strict=True))
     assert not scratch.arrived.any()

@@ -11,7 +11,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
     products, attention = dispatch.table(CPU, torch.bfloat16)
     assert products.call is reference.multiply_rows
-    assert attention.call is reference.attend_pages
+    assert attention.call is reference.rotate_store_attend
     assert "this is cpu" in str(products)
 
 

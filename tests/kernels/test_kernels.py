@@ -49,6 +49,20 @@ def test_attention_of_a_batch(heads: int, kv_heads: int) -> None:
         assert torch.allclose(fast[row], reference.attend(q[row][None], *past)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("size", [1, 4])
+def test_attention_over_pages(heads: int, kv_heads: int, size: int) -> None:
+    tables, lengths = torch.randperm(24 // size).view(3, -1), torch.tensor([3, 8, 1])
+    q = seeded(3, heads, 16)
+    keys, values = (seeded(24 // size, kv_heads, size, 16) + extra for extra in (0, 1))
+    fast = attend.attend_pages(q, keys, values, tables, lengths)
+    twin = reference.attend_pages(q, keys, values, tables, lengths)
+    assert torch.allclose(fast, twin, atol=1e-5)
+    order = torch.cat([keys[page].transpose(0, 1) for page in tables[1]])
+    shown = attend.gather_pages(keys, tables)[1].transpose(0, 1)
+    assert torch.equal(shown, order)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_linear_in_bf16_sums_in_fp32(tokens: int, bias: bool) -> None:

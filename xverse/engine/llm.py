@@ -1,29 +1,33 @@
 """WORDS -> WORDS. `LLM`: a model in this process, asked with text or with messages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
 from xverse.checkpoint.load import load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
-from xverse.engine.request import Answer, Finish, Piece, Sampling, Token
-from xverse.engine.simple import decode
+from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.loop import Loop
+from xverse.engine.request import Answer, Finish, Logprob, Piece, Request, Sampling, Scores, Token
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.quant.quantize import quantize as quantize_decoder
 from xverse.text.chat import Encoded, encode_prompt
 from xverse.text.stream import TextStream
+from xverse.text.tokenizer import Tokenizer
 from xverse.text.tools import ParsedReply, parse_tool_calls
-
-SIDE_BY_SIDE = 16  # prompts decoded at once: bounds the memory of `generate` over long lists
 
 
 class LLM:
     """A language model ready to answer.
 
     `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
-    `quantize` 8 or 4 rounds the weights by the published scheme after loading.
+    `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
+    many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
+    Threads may share an LLM: what they ask for is computed together, and with `deterministic` it
+    comes out equal to the last bit whatever else is asked.
     """
 
     def __init__(
@@ -33,6 +37,8 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         quantize: int | None = None,
+        kv_tokens: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.model = load(model, dtype=dtype, device=device)
         if quantize is not None:
@@ -40,6 +46,15 @@ class LLM:
         self.decoder = fuse(self.model.decoder)
         self.tokenizer = self.model.tokenizer
         self.title = self.model.checkpoint.title
+        options = EngineOptions(
+            kv_tokens=kv_tokens,
+            deterministic=deterministic,
+            # On a CPU answers are the same in any company as they come; shared prefixes would
+            # change their last bits.
+            share_prefixes=deterministic or next(self.decoder.parameters()).is_cuda,
+        )
+        self.engine = Engine(self.decoder, end_ids=self.model.end_ids, options=options)
+        self._loop = Loop(self.engine)
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None) -> Answer: ...
@@ -53,7 +68,52 @@ class LLM:
         """Continue a text, or each of several side by side; each gets the answer it gets alone."""
         if isinstance(prompts, str):
             return self.generate([prompts], sampling)[0]
-        return self._answer([self.tokenizer.encode(text) for text in prompts], sampling)
+        encoded = [self.tokenizer.encode(text) for text in prompts]
+        return self._answer(encoded, [sampling] * len(encoded))
+
+    def choices(
+        self, prompt: str | Sequence[int], n: int, sampling: Sampling | None = None
+    ) -> list[Answer]:
+        """`n` answers to one prompt (a text, or ids as `encode_chat` gives them), side by side;
+        with a seed, each uses the one after the one before it."""
+        if type(n) is not int or not 1 <= n <= 1024:
+            raise XverseError(
+                f"There cannot be {n!r:.60} answers.",
+                "That is no whole number from 1 to 1024.",
+                "Give such a number.",
+            )
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        chosen = sampling or Sampling()
+        seeds = [None if chosen.seed is None else chosen.seed + i for i in range(n)]
+        return self._answer([ids] * n, [replace(chosen, seed=seed) for seed in seeds])
+
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Log-probability of each continuation after the prompt, the sum over its tokens.
+
+        Both are encoded as one text; where that changes the prompt's last tokens, they count too.
+        """
+        alone = self.tokenizer.encode(prompt)
+        requests = []
+        for text in continuations:
+            ids = self.tokenizer.encode(prompt + text)
+            same = (i for i, pair in enumerate(zip(alone, ids, strict=False)) if len({*pair}) > 1)
+            start = next(same, min(len(alone), len(ids)))
+            requests.append(self._scored(ids, start))
+        scores = [0.0] * len(requests)
+        for output in self._loop.run(requests):
+            assert isinstance(output, Scores), "nothing is decoded"
+            scores[output.request] = sum(output.logprobs)
+        return scores
+
+    def logprobs(self, text: str) -> list[Logprob]:
+        """Log-probability of each token of a text after those before it, from the second on."""
+        ids = self.tokenizer.encode(text)
+        (scores,) = self._loop.run([self._scored(ids, 1)])
+        assert isinstance(scores, Scores), "nothing is decoded"
+        return [
+            Logprob(id, self.tokenizer.token_bytes(id), logprob)
+            for id, logprob in zip(ids[1:], scores.logprobs, strict=True)
+        ]
 
     def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[Piece]:
         """Continue a text, piece by piece; the pieces' texts join to what `generate` gives."""
@@ -69,7 +129,7 @@ class LLM:
         """The model's next turn in a conversation. With `tools` (OpenAI's form) its function calls
         come parsed in `tool_calls`, and the text is what stands around them."""
         encoded = self.encode_chat(messages, sampling, tools=tools)
-        answer = replace(self._answer([encoded.ids], sampling)[0], cut=encoded.cut)
+        answer = replace(self._answer([encoded.ids], [sampling])[0], cut=encoded.cut)
         if not tools:
             return answer
         reply: ParsedReply = parse_tool_calls(answer.text)
@@ -127,58 +187,78 @@ class LLM:
                 f"The model's context holds {self.context} tokens for both.",
                 "Shorten the prompt or lower max_tokens.",
             )
+        if not asked:  # then the answer ends where memory does
+            room = min(room, max(1, self.engine.capacity - len(ids)))
         return replace(filled, max_tokens=min(filled.max_tokens or room, room))
 
-    def _answer(self, prompts: Sequence[list[int]], sampling: Sampling | None) -> list[Answer]:
-        answers: list[Answer] = []
-        for start in range(0, len(prompts), SIDE_BY_SIDE):
-            wave = prompts[start : start + SIDE_BY_SIDE]
-            outputs = self._outputs(len(wave), sampling)
-            for _ in self._run(wave, sampling, outputs):
-                pass
-            answers += [out.answer(len(ids)) for out, ids in zip(outputs, wave, strict=True)]
-        return answers
+    def _scored(self, ids: Sequence[int], start: int) -> Request:
+        if not ids or start < 1 or len(ids) > self.context:
+            raise XverseError(
+                f"A text of {len(ids)} tokens cannot be scored from token {start} on.",
+                f"The first token has nothing before it, and the context holds {self.context}.",
+                "Give a prompt that is not empty, and texts that are shorter.",
+            )
+        return Request(tuple(ids), None, score_from=start)
+
+    def _answer(
+        self, prompts: Sequence[list[int]], samplings: Sequence[Sampling | None]
+    ) -> list[Answer]:
+        outputs = [self._output(sampling) for sampling in samplings]
+        for _ in self._run(prompts, samplings, outputs):
+            pass
+        return [out.answer(len(ids)) for out, ids in zip(outputs, prompts, strict=True)]
 
     def _pieces(self, ids: list[int], sampling: Sampling | None) -> Iterator[Piece]:
-        outputs = self._outputs(1, sampling)
+        outputs = [self._output(sampling)]
         pending: list[int] = []
-        for token, text in self._run([ids], sampling, outputs):
-            pending.append(token.id)
-            if text or outputs[0].finish:
-                yield Piece(text, tuple(pending), outputs[0].finish)
-                pending = []
+        with closing(self._run([ids], [sampling], outputs)) as run:
+            for token, text in run:
+                pending.append(token.id)
+                if text or outputs[0].finish:
+                    yield Piece(text, tuple(pending), outputs[0].finish)
+                    pending = []
 
-    def _outputs(self, count: int, sampling: Sampling | None) -> list["_Output"]:
-        stop = self._filled(sampling).stop
-        return [_Output(TextStream(self.tokenizer, stop)) for _ in range(count)]
+    def _output(self, sampling: Sampling | None) -> "_Output":
+        return _Output(self.tokenizer, self._filled(sampling).stop)
 
     def _run(
-        self, prompts: Sequence[list[int]], sampling: Sampling | None, outputs: list["_Output"]
-    ) -> Iterator[tuple[Token, str]]:
+        self,
+        prompts: Sequence[list[int]],
+        samplings: Sequence[Sampling | None],
+        outputs: list["_Output"],
+    ) -> Generator[tuple[Token, str], None, None]:
         """Decode, each token with the text that it made final; a stop string ends its prompt."""
         ended: set[int] = set()
-        samplings = [self._fitted(ids, sampling) for ids in prompts]
-        tokens = decode(self.decoder, prompts, samplings, end_ids=self.model.end_ids, ended=ended)
-        for token in tokens:
-            output = outputs[token.request]
-            text = output.take(token)
-            if output.finish:
-                ended.add(token.request)
-            yield token, text
+        requests = [
+            Request(tuple(ids), self._fitted(ids, sampling))
+            for ids, sampling in zip(prompts, samplings, strict=True)
+        ]
+        with closing(self._loop.run(requests, ended)) as tokens:
+            for token in tokens:
+                assert isinstance(token, Token), "no scores were asked for"
+                output = outputs[token.request]
+                text = output.take(token)
+                if output.finish:
+                    ended.add(token.request)
+                yield token, text
 
 
 class _Output:
     """What has come of one prompt so far."""
 
-    def __init__(self, stream: TextStream) -> None:
-        self.stream = stream
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stream = tokenizer, TextStream(tokenizer, stop)
         self.tokens: list[int] = []
         self.texts: list[str] = []
+        self.logprobs: list[Logprob] = []
         self.finish: Finish | None = None
 
     def take(self, token: Token) -> str:
         """Add a token; returns the text that is final now."""
         self.tokens.append(token.id)
+        if token.logprob is not None:
+            top = tuple(self._logprob(*pair) for pair in token.top)
+            self.logprobs.append(self._logprob(token.id, token.logprob, top))
         text = self.stream.push(token.id)
         self.finish = "stop" if self.stream.stopped else token.finish
         if self.finish:
@@ -190,4 +270,13 @@ class _Output:
 
     def answer(self, prompt_tokens: int) -> Answer:
         assert self.finish is not None, "every prompt ends"
-        return Answer("".join(self.texts), tuple(self.tokens), self.finish, prompt_tokens)
+        return Answer(
+            "".join(self.texts),
+            tuple(self.tokens),
+            self.finish,
+            prompt_tokens,
+            logprobs=tuple(self.logprobs),
+        )
+
+    def _logprob(self, id: int, logprob: float, top: tuple[Logprob, ...] = ()) -> Logprob:
+        return Logprob(id, self.tokenizer.token_bytes(id), logprob, top)

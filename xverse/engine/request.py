@@ -1,9 +1,9 @@
 """WHAT IS ASKED, WHAT COMES BACK. Sampling options, and the pieces and answers of generation."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 from xverse.errors import XverseError
 from xverse.log import warn_once
@@ -39,7 +39,11 @@ class Sampling:
     """How tokens are chosen. None leaves an option to the model's generation_config.json.
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. With a
-    seed the same request gives the same answer, whatever runs beside it.
+    seed the same request gives the same answer, whatever runs beside it. presence_penalty and
+    frequency_penalty (OpenAI's) count the answer's tokens, repetition_penalty the prompt's too.
+    logit_bias adds to the logits of ids. stop_ids end an answer as the model's own end ids do, and
+    neither comes before min_tokens. logprobs asks for the log-probability of each token and of
+    that many best ones, by the model itself: before any of these options.
     """
 
     max_tokens: int | None = None
@@ -51,17 +55,32 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop: object = self.stop  # what callers give may be one string, or a list
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
+        stop_ids: object = self.stop_ids
+        ids = tuple(self.stop_ids) if isinstance(stop_ids, Iterable) else (stop_ids,)
+        object.__setattr__(self, "stop_ids", ids)
         _check(self, "max_tokens", whole=True, low=1, high=2**31)
+        _check(self, "min_tokens", whole=True, low=0, high=2**31)
         _check(self, "temperature", low=0, high=100)
         _check(self, "top_k", whole=True, low=0, high=2**31)
         _check(self, "top_p", low=0, high=1)
         _check(self, "min_p", low=0, high=1)
         _check(self, "repetition_penalty", low=1e-3, high=1e3)
+        _check(self, "presence_penalty", low=-2, high=2)
+        _check(self, "frequency_penalty", low=-2, high=2)
+        _check(self, "logprobs", whole=True, low=0, high=100)
         _check(self, "seed", whole=True, low=-(2**63), high=2**63 - 1)
+        _check_ids("stop_ids", self.stop_ids)
+        _check_bias(self.logit_bias)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise XverseError(
                 f"A stop string is empty or no text: {self.stop!r:.80}.",
@@ -74,20 +93,30 @@ class Sampling:
         _name_what_is_not_done(generation_config)
         own = sampling_of(generation_config)
         filled: dict[str, Any] = {
-            field.name: _first(getattr(self, field.name), getattr(own, field.name), neutral)
-            for field, neutral in zip(dataclasses.fields(self), _NEUTRAL, strict=True)
+            option.name: _first(getattr(self, option.name), getattr(own, option.name), neutral)
+            for option, neutral in zip(dataclasses.fields(self), _NEUTRAL, strict=True)
         }
         return Sampling(**filled)
 
 
-_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False)
+# Keys of generation_config.json that are taken over, and our names.
+_FROM_CONFIG = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
+_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False, 0.0, 0.0, None, (), 0, None)
 
 
 def sampling_of(generation_config: Mapping[str, object]) -> Sampling:
     """The options that a generation_config.json sets; greedy unless it says do_sample."""
-    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    chosen: dict[str, Any] = {key: generation_config.get(key) for key in keys}
-    chosen["max_tokens"] = generation_config.get("max_new_tokens")
+    chosen: dict[str, Any] = {
+        name: generation_config.get(key) for key, name in _FROM_CONFIG.items()
+    }
     if not generation_config.get("do_sample", False):
         chosen |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     elif chosen["temperature"] is None:
@@ -101,12 +130,58 @@ def sampling_of(generation_config: Mapping[str, object]) -> Sampling:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A prompt to be continued. Pages of KV memory are shared only within a `namespace`.
+
+    `sampling` must be filled and have max_tokens; with None nothing is added to the prompt.
+    `score_from`: the log-probabilities of the prompt's tokens from this place on are wanted.
+    """
+
+    ids: tuple[int, ...]
+    sampling: Sampling | None
+    namespace: str = ""
+    score_from: int | None = None
+
+
+@dataclass(frozen=True)
 class Token:
-    """One decoded token of the prompt numbered `request`; `finish` on its last one."""
+    """One decoded token of the prompt numbered `request`; `finish` on its last one.
+
+    Where asked for: its log-probability, and the best ids with theirs.
+    """
 
     request: int
     id: int
     finish: Finish | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of prompt tokens of `request`; `last` where no tokens follow."""
+
+    request: int
+    logprobs: tuple[float, ...]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The prompt numbered `request` got no further, for a reason that is its own."""
+
+    request: int
+    error: XverseError
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token, its bytes and its log-probability; `top` are the likeliest there, best first."""
+
+    id: int
+    bytes: bytes
+    logprob: float
+    top: tuple["Logprob", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +203,7 @@ class Answer:
     prompt_tokens: int
     tool_calls: tuple[ToolCall, ...] = ()
     cut: Cut | None = None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 def _first(*values: object) -> object:
@@ -138,8 +214,7 @@ def _check(sampling: Sampling, name: str, *, low: float, high: float, whole: boo
     value = getattr(sampling, name)
     if value is None:
         return
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    if not _is_number(value, low, high) or (whole and not isinstance(value, int)):
         article = "a whole number" if whole else "a number"
         raise XverseError(
             f"{name} cannot be {value!r:.60}.",
@@ -148,9 +223,35 @@ def _check(sampling: Sampling, name: str, *, low: float, high: float, whole: boo
         )
 
 
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= cast(float, value) <= high
+
+
+def _check_ids(name: str, ids: Collection[object]) -> None:
+    if not all(type(id) is int and 0 <= id < 2**31 for id in ids):
+        raise XverseError(
+            f"{name} names something that is no token: {ids!r:.80}.",
+            "Tokens are meant by their ids.",
+            "Give whole numbers from 0 on; the tokenizer has them.",
+        )
+
+
+def _check_bias(bias: object) -> None:
+    if bias is None:
+        return
+    values = bias.values() if isinstance(bias, Mapping) else (None,)
+    if not all(_is_number(value, -100, 100) for value in values):
+        raise XverseError(
+            f"logit_bias cannot be {bias!r:.80}.",
+            "It gives ids a number from -100 to 100 each, which is added to their logits.",
+            "Give for example {17: -100.0}.",
+        )
+    assert isinstance(bias, Mapping)
+    _check_ids("logit_bias", bias.keys())
+
+
 def _name_what_is_not_done(generation_config: Mapping[str, object]) -> None:
-    known = {field.name for field in dataclasses.fields(Sampling)} | {"max_new_tokens"}
     for key, value in generation_config.items():
-        if key in known or key in _WITHOUT_EFFECT or value in _OFF.get(key, ()):
+        if key in _FROM_CONFIG or key in _WITHOUT_EFFECT or value in _OFF.get(key, ()):
             continue
         warn_once(f"generation_config.json sets {key!r:.60}, which XVERSE leaves aside")

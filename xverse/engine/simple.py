@@ -29,7 +29,7 @@ def decode(
     is yielded too, or at max_tokens, or when the reader has put its number into `ended`.
     """
     seen = [list(prompt) for prompt in prompts]
-    samplers = [Sampler(sampling) for sampling in samplings]
+    samplers = [Sampler(sampling, end_ids) for sampling in samplings]
     limits = [len(ids) + (s.max_tokens or 0) for ids, s in zip(seen, samplings, strict=True)]
     device = next(decoder.parameters()).device
     dtype = decoder.model.embed_tokens.weight.dtype
@@ -44,10 +44,11 @@ def decode(
         last = torch.tensor([len(fresh) for fresh in step.values()], device=device).cumsum(0) - 1
         logits_BV = decoder(ids, kv.extend(counts), kv, last)
         for row, logits_V in zip(list(step), logits_BV, strict=True):
-            chosen = samplers[row].choose(logits_V, seen[row])
+            chosen = samplers[row].choose(logits_V, seen[row], len(prompts[row]))
             seen[row].append(chosen)
             finish: Finish | None = None
-            if chosen in end_ids and not samplings[row].ignore_eos:
+            ends = chosen in end_ids and not samplings[row].ignore_eos
+            if ends or chosen in samplings[row].stop_ids:
                 finish = "stop"
             elif len(seen[row]) == limits[row]:
                 finish = "length"

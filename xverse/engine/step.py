@@ -46,7 +46,7 @@ class DecodeStep:
         self.multiply = dispatch.multiply_rows(device, weight.dtype, tokens).call
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-        self.attend = dispatch.attend_pages(
+        self.attend = dispatch.rotate_store_attend(
             device, weight.dtype, tokens, heads, kv_heads, shape.head_dim
         ).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
@@ -101,11 +101,11 @@ class DecodeStep:
         The first runs, which compile, write keys and values at `positions`, as any step does.
         Raises XverseError where attention is the reference, which asks the host for positions.
         """
-        if self.attend is reference.attend_pages:
+        if self.attend is reference.rotate_store_attend:
             device, dtype = self.cos_SE.device, self.cos_SE.dtype
             raise XverseError(
                 "This decode step cannot be captured as a CUDA graph.",
-                str(dispatch.attend_pages(device, dtype)),
+                str(dispatch.rotate_store_attend(device, dtype)),
                 "Call the step itself, or use bfloat16 on an NVIDIA GPU with Triton.",
             )
         side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Q, K, V -> MIXED V. Causal attention of one sequence, and of many by their lengths."""
+"""Q, K, V -> MIXED V. Causal attention: one sequence, many by their lengths, many in pages."""
 
 import torch
 from torch import Tensor
@@ -38,3 +38,26 @@ def attend_batch(q_BHE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_BS: Tensor)
         enable_gqa=q_BHE.shape[1] != k_BKSE.shape[1],
     )
     return mixed[:, :, 0]
+
+
+def gather_pages(pages_PKSE: Tensor, tables_BP: Tensor) -> Tensor:
+    """The pages of B sequences, each sequence's one after another: a copy [B, K, P * S, E]."""
+    _, heads, size, width = pages_PKSE.shape
+    sequences, pages = tables_BP.shape
+    # Rows of S * E numbers are copied whole; indexing pages and turning them copies twice.
+    rows_BKP = tables_BP[:, None] * heads + torch.arange(heads, device=tables_BP.device)[:, None]
+    rows = pages_PKSE.flatten(0, 1).flatten(1).index_select(0, rows_BKP.flatten())
+    return rows.view(sequences, heads, pages * size, width)
+
+
+def attend_pages(
+    q_BHE: Tensor, keys_PKSE: Tensor, values_PKSE: Tensor, tables_BP: Tensor, lengths_B: Tensor
+) -> Tensor:
+    """One new token of each of B sequences against its past in pages. -> [B, H, E].
+
+    Twin: `reference.attend_pages`. Every sequence costs as much as the longest.
+    """
+    k_BKSE, v_BKSE = gather_pages(keys_PKSE, tables_BP), gather_pages(values_PKSE, tables_BP)
+    seen = torch.arange(k_BKSE.shape[2], device=q_BHE.device)
+    mask_BS = seen < lengths_B[:, None]
+    return attend_batch(q_BHE, k_BKSE, v_BKSE, mask_BS)

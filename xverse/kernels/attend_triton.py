@@ -79,7 +79,7 @@ def _slots(
 
 
 @triton.jit
-def _attend_pages(
+def _rotate_store_attend(
     qkv_ptr, cos_ptr, sin_ptr, positions_ptr, table_ptr, keys_ptr, values_ptr, out_ptr,
     mixed_ptr, sums_ptr, arrived_ptr,
     table_width, stride_page, stride_head, stride_slot, scale,
@@ -187,7 +187,7 @@ def _join(
     tl.store(out_at, (mixed / total[:, None]).to(dtype), inside)
 
 
-def attend_pages(
+def rotate_store_attend(
     qkv_TN: Tensor,
     cos_SE: Tensor,
     sin_SE: Tensor,
@@ -202,7 +202,7 @@ def attend_pages(
 ) -> Tensor:
     """Rope, store and attention of one new token of each sequence. -> [T, H * E].
 
-    Twin: `reference.attend_pages`. Positions and pages int32; keys and values may be any view of
+    Twin: `reference.rotate_store_attend`. Positions and pages int32; keys and values any view of
     [P, K, S, E] whose last dimension is dense. `pdl` as in `multiply_rows`; the kernel ahead may
     write `qkv_TN` alone, since the rest is read before it ends.
     """
@@ -213,7 +213,7 @@ def attend_pages(
     assert keys_PKSE.stride(3) == 1, "the elements of a head lie side by side"
     mixed = qkv_TN.new_empty(tokens, heads * size)
     scratch = scratch or Scratch.reserve(tokens, heads, kv_heads, size, qkv_TN.device)
-    _attend_pages[(tokens, kv_heads, scratch.parts)](
+    _rotate_store_attend[(tokens, kv_heads, scratch.parts)](
         qkv_TN, cos_SE, sin_SE, positions_T, pages_TP, keys_PKSE, values_PKSE, mixed,
         scratch.mixed, scratch.sums, scratch.arrived,
         pages_TP.stride(0), *keys_PKSE.stride()[:3], size**-0.5,

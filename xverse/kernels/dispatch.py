@@ -49,7 +49,7 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
     )
 
 
-def attend_pages(
+def rotate_store_attend(
     device: torch.device,
     dtype: torch.dtype,
     rows: int = 1,
@@ -57,13 +57,13 @@ def attend_pages(
     kv_heads: int = 1,
     head_dim: int = 64,
 ) -> Choice:
-    """The function with the signature of `reference.attend_pages`, for a step of these sizes.
+    """The function in the place of `reference.rotate_store_attend`, for a step of these sizes.
 
     It holds memory of its own: one for each stream that runs steps.
     """
     why_not = _why_no_triton(device, dtype)
     if why_not:
-        return _plain("attention of a decode step", reference.attend_pages, device, why_not)
+        return _plain("attention of a decode step", reference.rotate_store_attend, device, why_not)
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
@@ -72,13 +72,13 @@ def attend_pages(
         "attention of a decode step",
         "Triton, paged, in parts, fused with rope and store" + ", dependent launch" * pdl,
         f"{dtype} on CUDA",
-        partial(attend_triton.attend_pages, scratch=scratch, pdl=pdl),
+        partial(attend_triton.rotate_store_attend, scratch=scratch, pdl=pdl),
     )
 
 
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
-    return [multiply_rows(device, dtype), attend_pages(device, dtype)]
+    return [multiply_rows(device, dtype), rotate_store_attend(device, dtype)]
 
 
 def _plain(operation: str, call: Callable[..., Tensor], device: torch.device, why: str) -> Choice:

@@ -1,8 +1,8 @@
 """THE SPECIFICATION. Every operation of the models, as plain PyTorch and nothing else.
 
 Letters in names, through the whole package: B sequence in a batch, T token, D hidden, H query head,
-K key/value head, E head size, F feed-forward, V vocabulary, X expert, P page. `q_THE` is a tensor
-[tokens, query heads, head size].
+K key/value head, E head size, F feed-forward, V vocabulary, X expert, P page, S token in a page or
+in what was seen. `q_THE` is a tensor [tokens, query heads, head size].
 """
 
 from typing import NamedTuple
@@ -58,6 +58,24 @@ def attend(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
     return torch.einsum("hts,she->the", weights_HTS, v_SHE)
 
 
+def attend_pages(
+    q_BHE: Tensor, keys_PKSE: Tensor, values_PKSE: Tensor, tables_BP: Tensor, lengths_B: Tensor
+) -> Tensor:
+    """One new token of each of B sequences against its past in pages of S tokens. -> [B, H, E].
+
+    Page i of sequence b is `tables[b, i]`; of all its pages the first `lengths[b]` tokens count,
+    the new one the last of them. Paged attention, Kwon et al. 2023.
+    """
+    mixed = []
+    for q_HE, table_P, length in zip(q_BHE, tables_BP, lengths_B.tolist(), strict=True):
+        k_SKE, v_SKE = (
+            pages[table_P].transpose(1, 2).flatten(0, 1)[:length]
+            for pages in (keys_PKSE, values_PKSE)
+        )
+        mixed.append(attend(q_HE[None], k_SKE, v_SKE))
+    return torch.cat(mixed)
+
+
 def multiply_rows(
     x_TD: Tensor,
     weight_ND: Tensor,
@@ -81,7 +99,7 @@ def multiply_rows(
     return y_TN if residual_TN is None else residual_TN + y_TN
 
 
-def attend_pages(
+def rotate_store_attend(
     qkv_TN: Tensor,
     cos_SE: Tensor,
     sin_SE: Tensor,
@@ -102,17 +120,11 @@ def attend_pages(
     qk, v_TKE = qkv.split((heads + kv_heads, kv_heads), dim=1)
     rotated = rotate(qk, cos_SE[positions_T], sin_SE[positions_T])
     q_THE, k_TKE = rotated.split((heads, kv_heads), dim=1)
-    mixed = []
-    for token, position in enumerate(positions_T.tolist()):
-        page, slot = pages_TP[token, position // page_size], position % page_size
-        keys_PKSE[page, :, slot], values_PKSE[page, :, slot] = k_TKE[token], v_TKE[token]
-        held = pages_TP[token, : position // page_size + 1].long()
-        k_SKE, v_SKE = (
-            pool[held].transpose(1, 2).flatten(0, 1)[: position + 1]
-            for pool in (keys_PKSE, values_PKSE)
-        )
-        mixed.append(attend(q_THE[token][None], k_SKE, v_SKE)[0])
-    return torch.stack(mixed).flatten(1)
+    tables_TP = pages_TP.long()
+    page_T = tables_TP.gather(1, positions_T.long()[:, None] // page_size)[:, 0]
+    keys_PKSE[page_T, :, positions_T % page_size] = k_TKE
+    values_PKSE[page_T, :, positions_T % page_size] = v_TKE
+    return attend_pages(q_THE, keys_PKSE, values_PKSE, tables_TP, positions_T + 1).flatten(1)
 
 
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,146 @@
+"""CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xverse.engine.paged import Paged, Part
+from xverse.engine.sampler import Sampler
+from xverse.engine.scheduler import Chunk, Generation
+from xverse.errors import XverseError
+from xverse.kernels.multiply import ROWS
+from xverse.model.decoder import Decoder
+
+SCORED_AT_ONCE = 64  # rows of logits in fp32 that are held for prompt log-probabilities
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token and, where asked for, its log-probability and the best ids with theirs."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Choice = Chosen | XverseError | None  # None: all is computed, and nothing was to be chosen
+
+
+@torch.inference_mode()
+def run_step(
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]
+) -> list[tuple[Generation, Choice]]:
+    """Compute the chunks. For each that is complete: its next token, or why there is none.
+
+    Log-probabilities of prompt tokens are added to the generations' `scores`.
+    """
+    together = _computed_together(kv, chunks)
+    hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
+    ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
+    last = [
+        int(end)  # the row whose logits choose a token
+        for end, chunk in zip(ends, chunks, strict=True)
+        if chunk.complete and chunk.generation.sampler is not None
+    ]
+    choices: list[Choice] = []
+    complete = [chunk.generation for chunk in chunks if chunk.complete]
+    choosing = [generation for generation in complete if generation.sampler is not None]
+    if last:
+        logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
+        choices = choose(choosing, logits_BV)
+    _score(decoder, kv, chunks, hidden_TD)
+    scored = [(generation, None) for generation in complete if generation.sampler is None]
+    return [*zip(choosing, choices, strict=True), *scored]
+
+
+def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
+    """What goes through the decoder in one row. On a GPU everything: a step costs what it costs to
+    read the weights. On a CPU each prompt alone, which fills it anyway, and as many decoding
+    sequences as `multiply.linear` computes alike: so no row is computed otherwise than alone."""
+    if kv.device.type != "cpu" or kv.fixed_rows is not None:
+        return [chunks]
+    decoding = [chunk for chunk in chunks if chunk.count == 1]
+    assert list(chunks[len(chunks) - len(decoding) :]) == decoding, "the scheduler puts them last"
+    prompts = chunks[: len(chunks) - len(decoding)]
+    rows = [decoding[start : start + ROWS] for start in range(0, len(decoding), ROWS)]
+    return [*([chunk] for chunk in prompts), *rows]
+
+
+def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
+    """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages then."""
+    parts: list[Part] = []
+    ids: list[int] = []
+    for chunk in chunks:
+        generation, held = chunk.generation, chunk.generation.held
+        assert generation.table is not None, "what runs has pages"
+        prompt = len(generation.request.ids)
+        parts.append(Part(generation.table.pages, held, chunk.count, prompt))
+        ids += generation.ids[held : held + chunk.count]
+    if kv.fixed_rows is None:
+        return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
+    rows, found = kv.fixed_rows, []
+    tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
+    for first in range(0, len(ids), rows):
+        some = torch.zeros(rows, dtype=torch.int64, device=kv.device)
+        count = min(rows, len(ids) - first)
+        some[:count] = torch.tensor(ids[first : first + count])
+        positions_T = kv.begin(tokens[first : first + count])
+        found.append(decoder.hidden(some, positions_T, kv)[:count])
+    return torch.cat(found)
+
+
+def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
+    if kv.fixed_rows is None and kv.device.type != "cpu":
+        return decoder.logits(hidden_TD)
+    rows = kv.fixed_rows or ROWS
+    found = []
+    for some in hidden_TD.split(rows):
+        fill = some.new_zeros(rows - len(some), some.shape[1])
+        found.append(decoder.logits(torch.cat((some, fill)))[: len(some)])
+    return torch.cat(found)
+
+
+def choose(generations: Sequence[Generation], logits_BV: Tensor) -> list[Choice]:
+    """The next token of each; the best ones of all are found in one operation."""
+    best = logits_BV.max(-1)
+    sound = (~best.values.isnan()).tolist()
+    choices: list[Choice] = []
+    for row, (generation, id) in enumerate(zip(generations, best.indices.tolist(), strict=True)):
+        sampler = generation.sampler
+        assert sampler is not None, "who chooses has a sampler"
+        try:
+            if not (sampler.greedy and sound[row]):
+                start = len(generation.request.ids)
+                id = sampler.choose(logits_BV[row], generation.ids, start)
+            choices.append(_with_logprobs(sampler, id, logits_BV[row]))
+        except XverseError as error:  # its own misfortune: the others go on
+            choices.append(error)
+    return choices
+
+
+def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
+    wanted = sampler.sampling.logprobs
+    if wanted is None:
+        return Chosen(id)
+    logprobs_V = logits_V.float().log_softmax(-1)
+    top = logprobs_V.topk(min(wanted, len(logprobs_V)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Chosen(id, float(logprobs_V[id]), tuple(pairs))
+
+
+def _score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+    """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
+    start = 0
+    for chunk in chunks:
+        generation, ids = chunk.generation, chunk.generation.request.ids
+        row = start - generation.held  # of the token at position 0
+        end = min(generation.held + chunk.count + 1, len(ids))
+        for first in range(generation.unscored, end, SCORED_AT_ONCE):
+            stop = min(first + SCORED_AT_ONCE, end)
+            logits_TV = _logits(decoder, kv, hidden_TD[row + first - 1 : row + stop - 1])
+            wanted = torch.tensor(ids[first:stop], device=logits_TV.device)
+            logprobs_T = logits_TV.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            generation.scores += logprobs_T.tolist()
+        start += chunk.count

@@ -1,0 +1,175 @@
+"""REQUESTS -> STEPS. Which sequence brings how many tokens to the next step, and who must wait.
+
+First come, first served. Sequences that decode bring their one token to every step, and prompts
+fill up what the step's budget leaves, chunk by chunk. Where pages run out, whoever came last gives
+all of its own back and is computed again when there is room.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from xverse.engine.pages import Pages, Table
+from xverse.engine.request import Request
+from xverse.engine.sampler import Sampler
+from xverse.errors import XverseError
+
+_arrival = attrgetter("number")
+
+
+@dataclass(eq=False)
+class Generation:
+    """One answer in the making. `number` is its place in the order of arrival.
+
+    `ids` are prompt and answer so far; keys and values of the first `held` are in `table`.
+    """
+
+    number: int
+    request: Request
+    sampler: Sampler | None
+    namespace: str
+    ids: list[int]
+    scores: list[float] = field(default_factory=list)
+    held: int = 0
+    table: Table | None = None
+
+    @property
+    def unscored(self) -> int:
+        """The next prompt token whose log-probability is wanted; past all tokens if none is."""
+        start, prompt = self.request.score_from, len(self.request.ids)
+        if start is None or start + len(self.scores) >= prompt:
+            return len(self.ids)
+        return start + len(self.scores)
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while it decodes."""
+        return len(self.ids) - self.held
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` tokens of a generation that the next step computes."""
+
+    generation: Generation
+    count: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens so far are computed after it, and the next can be chosen."""
+        return self.count == self.generation.missing
+
+
+@dataclass
+class Scheduler:
+    """The queue of those who wait, and those who run, both in order of arrival."""
+
+    pages: Pages
+    step_tokens: int
+    max_running: int
+    waiting: list[Generation] = field(default_factory=list)
+    running: list[Generation] = field(default_factory=list)
+
+    def add(self, generation: Generation) -> None:
+        """Queue it; XverseError where even the whole memory would not do."""
+        request = generation.request
+        answer = request.sampling.max_tokens if request.sampling else 0
+        most = len(request.ids) + (answer or 0)
+        if self.pages.needed(most) > self.pages.count:
+            raise XverseError(
+                f"A prompt of {len(request.ids)} tokens with an answer of up to "
+                f"{most - len(request.ids)} does not fit in memory.",
+                f"The KV cache holds {self.pages.count * self.pages.size} tokens in all.",
+                "Lower max_tokens, shorten the prompt, or give more memory with kv_tokens.",
+            )
+        insort(self.waiting, generation, key=_arrival)
+
+    def remove(self, generation: Generation) -> None:
+        """Take it out, wherever it is, and all of its pages back."""
+        for queue in (self.waiting, self.running):
+            if generation in queue:
+                queue.remove(generation)
+        self._give_back(generation)
+
+    def plan(self) -> list[Chunk]:
+        """The next step: chunks of prompts first, then those who decode, the longest last."""
+        self._grow()
+        counts = {g: 1 for g in self.running if g.missing == 1}
+        budget = self.step_tokens
+        for generation in self.running:
+            if generation.missing > 1 and (chunk := self._chunk(generation)) <= budget:
+                counts[generation] = chunk
+                budget -= chunk
+        while budget > 0 and (admitted := self._admit(budget)) is not None:
+            counts[admitted] = self._chunk(admitted)
+            budget -= counts[admitted]
+        chunks = [Chunk(generation, count) for generation, count in counts.items()]
+        return sorted(chunks, key=lambda chunk: (chunk.count == 1, chunk.generation.held))
+
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """The step is done: its keys and values are in the pages, and full pages can be shared."""
+        for chunk in chunks:
+            generation = chunk.generation
+            assert generation.table is not None, "what runs has pages"
+            generation.held += chunk.count
+            self.pages.settle(generation.table, generation.ids, generation.held)
+
+    def check(self) -> None:
+        """Assert that nothing is lost."""
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=_arrival), "first come, first served"
+        assert all(g.table is None and g.held == 0 for g in self.waiting)
+        self.pages.check([g.table for g in self.running if g.table is not None])
+
+    def _grow(self) -> None:
+        """A place for every token that is to be computed, at the cost of those who came last."""
+        for generation in list(self.running):
+            while generation.table is not None and not self.pages.extend(
+                generation.table, len(generation.ids)
+            ):
+                self._preempt(self.running[-1])
+
+    def _chunk(self, generation: Generation) -> int:
+        """Tokens of it that one step computes: the same number whatever else is in the step."""
+        return min(generation.missing, self.step_tokens)
+
+    def _admit(self, budget: int) -> Generation | None:
+        """The next in the queue, if its first chunk is within the budget, and all it has so far
+        fits and leaves a page to decode into."""
+        if len(self.running) >= self.max_running:
+            return None
+        # Prompts that are being computed this moment: their twins share the pages a step later.
+        begun = {(g.namespace, g.request.ids) for g in self.running if g.missing > 1}
+        free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
+        generation = next(free, None)
+        if generation is None:
+            return None
+        spare = len(self.running)  # each may want a page soon
+        table = self.pages.open(
+            generation.namespace,
+            generation.ids,
+            # The last token, or the one before the next to be scored, must be computed.
+            generation.unscored - 1,
+            spare,
+        )
+        if table is None:
+            return None
+        held = len(table.path) * self.pages.size
+        if min(len(generation.ids) - held, self.step_tokens) > budget:
+            self.pages.close(table)
+            return None
+        generation.table, generation.held = table, held
+        self.waiting.remove(generation)
+        insort(self.running, generation, key=_arrival)
+        return generation
+
+    def _preempt(self, generation: Generation) -> None:
+        self.running.remove(generation)
+        self._give_back(generation)
+        insort(self.waiting, generation, key=_arrival)
+
+    def _give_back(self, generation: Generation) -> None:
+        if generation.table is not None:
+            self.pages.close(generation.table)
+        generation.table, generation.held = None, 0
