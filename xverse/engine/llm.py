@@ -26,8 +26,8 @@ class LLM:
     `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
     `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
-    Threads may share an LLM: what they ask for is computed together, and with `deterministic` it
-    comes out equal to the last bit whatever else is asked.
+    Threads may share an LLM: what they ask for is computed together. On a CPU that changes no bit
+    of an answer; with `deterministic` it never does, and common beginnings are computed once.
     """
 
     def __init__(
