@@ -9,7 +9,8 @@ from torch import Tensor
 from xverse.kernels import reference
 from xverse.kernels.reference import Norm
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("these are checks by Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed, and its interpreter is the test")
 
 from xverse.kernels import attend_triton, multiply_triton

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from xverse.engine.fused import FusedDecode
 from xverse.engine.memory import pool_tokens
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Pages
@@ -81,12 +82,13 @@ class Engine:
         self.pages = Pages(-(-tokens // size), size, share=self.options.share_prefixes)
         self.kv = Paged(
             decoder.shape,
-            self.pages.count,
+            self.pages.count + 1,  # the last is for rows of a captured step that nobody fills
             size,
             dtype=weight.dtype,
             device=weight.device,
             fixed_rows=_fixed_rows(decoder) if self.options.deterministic else None,
         )
+        self._fused = FusedDecode.of(decoder, self.kv, spare=self.pages.count)
         self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self._generations: dict[int, Generation] = {}
@@ -135,7 +137,7 @@ class Engine:
         assert chunks or not self.busy, "whoever fits at all fits when alone"
         if not chunks:
             return []
-        choices = run_step(self.decoder, self.kv, chunks)
+        choices = run_step(self.decoder, self.kv, chunks, self._fused)
         self.scheduler.computed(chunks)
         choices.sort(key=lambda choice: choice[0].number)
         return [output for choice in choices for output in self._take(*choice)]

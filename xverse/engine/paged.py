@@ -74,7 +74,7 @@ class Paged:
         for part in parts:
             assert part.count > 0, "a part brings tokens"
             assert part.held + part.count <= len(part.pages) * self.page_size, "pages suffice"
-        self._clear(parts)
+        self.clear(parts)
         self._groups = list(self._grouped(parts))
         positions = [p.held + i for p in parts for i in range(p.count)]
         lengths = [max(p.prompt, p.held + i + 1) for p in parts for i in range(p.count)]
@@ -118,7 +118,7 @@ class Paged:
             mixed.append(torch.zeros_like(q_THE[len(mixed) :]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def _clear(self, parts: Sequence[Part]) -> None:
+    def clear(self, parts: Sequence[Part]) -> None:
         """Zero the pages that begin in this step: what a mask hides is still multiplied, and
         another request may have left NaN there."""
         fresh = [

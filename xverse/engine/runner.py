@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xverse.engine.fused import FusedDecode
 from xverse.engine.paged import Paged, Part
 from xverse.engine.sampler import Sampler
 from xverse.engine.scheduler import Chunk, Generation
@@ -30,12 +31,18 @@ Choice = Chosen | XverseError | None  # None: all is computed, and nothing was t
 
 @torch.inference_mode()
 def run_step(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], fused: FusedDecode | None = None
 ) -> list[tuple[Generation, Choice]]:
     """Compute the chunks. For each that is complete: its next token, or why there is none.
 
-    Log-probabilities of prompt tokens are added to the generations' `scores`.
+    Log-probabilities of prompt tokens are added to the generations' `scores`. With `fused`, those
+    who decode go through it, and the rest through the decoder.
     """
+    if fused is not None:
+        decoding = [chunk for chunk in chunks if _only_decodes(chunk)]
+        others = [chunk for chunk in chunks if not _only_decodes(chunk)]
+        choices_of_others = run_step(decoder, kv, others) if others else []
+        return [*choices_of_others, *_decode_fused(fused, decoding)]
     together = _computed_together(kv, chunks)
     hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
     ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
@@ -53,6 +60,27 @@ def run_step(
     _score(decoder, kv, chunks, hidden_TD)
     scored = [(generation, None) for generation in complete if generation.sampler is None]
     return [*zip(choosing, choices, strict=True), *scored]
+
+
+def _only_decodes(chunk: Chunk) -> bool:
+    request = chunk.generation.request
+    return chunk.count == 1 and chunk.complete and request.score_from is None
+
+
+def _decode_fused(fused: FusedDecode, chunks: Sequence[Chunk]) -> list[tuple[Generation, Choice]]:
+    found: list[tuple[Generation, Choice]] = []
+    for start in range(0, len(chunks), ROWS):
+        some = [chunk.generation for chunk in chunks[start : start + ROWS]]
+        logits_BV = fused([g.ids[-1] for g in some], [_part(Chunk(g, 1)) for g in some])
+        found += zip(some, choose(some, logits_BV), strict=True)
+    return found
+
+
+def _part(chunk: Chunk) -> Part:
+    generation = chunk.generation
+    assert generation.table is not None, "what runs has pages"
+    pages, prompt = generation.table.pages, len(generation.request.ids)
+    return Part(pages, generation.held, chunk.count, prompt)
 
 
 def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
@@ -74,9 +102,7 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
     ids: list[int] = []
     for chunk in chunks:
         generation, held = chunk.generation, chunk.generation.held
-        assert generation.table is not None, "what runs has pages"
-        prompt = len(generation.request.ids)
-        parts.append(Part(generation.table.pages, held, chunk.count, prompt))
+        parts.append(_part(chunk))
         ids += generation.ids[held : held + chunk.count]
     if kv.fixed_rows is None:
         return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
