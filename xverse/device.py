@@ -22,14 +22,6 @@ def env_flag(name: str) -> bool:
     return env(name).strip().lower() in {"1", "true", "yes", "on"}
 
 
-def data_home() -> Path:
-    """Where models that we download or make are kept: $XVERSE_HOME or ~/.local/share/xverse."""
-    chosen = env("XVERSE_HOME")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(env("XDG_DATA_HOME", "~/.local/share")).expanduser() / "xverse"
-
-
 def pick_device(name: str | None = None) -> "torch.device":
     """The device `name` ("cpu", "cuda", "cuda:1"), or without a name the best one there is.
 

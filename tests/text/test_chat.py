@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.data import shared_data
 from tests.text.tiny import write_tiny_tokenizer
 from xverse.errors import XverseError
 from xverse.text.chat import (
@@ -57,18 +56,6 @@ V3_LAST = [*USER_3, *HELLO, NL, *ASSISTANT_3]
 # v1 encodes "Human: Hello" as one text, where "_H" is a merge: 96702; "_你" is none.
 V1_ROUND = [*HUMAN, *NIHAO, NL, NL, 68, 97045, 96686, 96714, 61, 96702, 108, END]
 V1_LAST = [75, 96666, 96582, 61, 96702, 96760, 114, NL, NL, *ASSISTANT]
-
-
-@pytest.fixture(scope="module")
-def real() -> Tokenizer:
-    return Tokenizer.load(shared_data("tokenizer/tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_tokenizer(folder)
-    return Tokenizer.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 from tests.data import shared_data
 from tests.text.languages import HARD, SENTENCES
 from tests.text.test_spelling import byte_level, sentencepiece
-from tests.text.tiny import write_tiny_tokenizer
 from xverse.errors import XverseError
 from xverse.text.stream import TextStream
 from xverse.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_tokenizer(folder)
-    return Tokenizer.load(folder)
 
 
 def cut(text: str, stop: list[str]) -> str:

@@ -26,18 +26,6 @@ EISENHOWER_IDS = [
 # fmt: on
 
 
-@pytest.fixture(scope="module")
-def real() -> Tokenizer:
-    return Tokenizer.load(shared_data("tokenizer/tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_tokenizer(folder)
-    return Tokenizer.load(folder)
-
-
 def test_golden_ids(real: Tokenizer) -> None:
     assert real.encode(EISENHOWER) == EISENHOWER_IDS
     assert real.decode(EISENHOWER_IDS) == EISENHOWER
