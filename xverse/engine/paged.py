@@ -60,8 +60,15 @@ class Paged:
         self.page_size, self.heads = page_size, shape.num_key_value_heads
         self.device = torch.device(device)
         size = (shape.num_hidden_layers, pages, self.heads, page_size, shape.head_dim)
+        self.pages = pages
         self.keys = _zeros(size, dtype, self.device)
         self.values = _zeros(size, dtype, self.device)
+        # Of fp8 keys and values: one scale for each token and head.
+        self.rounded = dtype == torch.float8_e4m3fn
+        self._scales = [
+            _zeros(size[:-1] if self.rounded else (0,), torch.bfloat16, self.device)
+            for _ in range(2)
+        ]
         self._groups: list[_Group] = []
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
 
@@ -94,6 +101,11 @@ class Paged:
             positions += [0] * fill
             self._lengths_T = self._tensor(lengths + [1] * fill)
         return self._tensor(positions)
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Scales [P, K, S] of fp8 keys and values; None where they are kept as they are."""
+        keys, values = self._scales
+        return (keys[layer], values[layer]) if self.rounded else None
 
     def lengths(self) -> Tensor:
         return self._lengths_T

@@ -1,12 +1,16 @@
-"""CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices."""
+"""CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices.
 
-from collections.abc import Sequence
+`PlainRunner` computes it here and now with the decoder itself; `DeviceRunner` (device_runner.py)
+sends it to a GPU and returns at once.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xverse.engine.fused import FusedDecode
 from xverse.engine.paged import Paged, Part
 from xverse.engine.sampler import Sampler
 from xverse.engine.scheduler import Chunk, Generation
@@ -29,51 +33,62 @@ class Chosen:
 Choice = Chosen | XverseError | None  # None: all is computed, and nothing was to be chosen
 
 
-@torch.inference_mode()
-def run_step(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], fused: FusedDecode | None = None
-) -> list[tuple[Generation, Choice]]:
-    """Compute the chunks. For each that is complete: its next token, or why there is none.
+@dataclass
+class Flight:
+    """A step under way. What is chosen in it goes to a place in the ids of each generation."""
 
-    Log-probabilities of prompt tokens are added to the generations' `scores`. With `fused`, those
-    who decode go through it, and the rest through the decoder.
-    """
-    if fused is not None:
-        decoding = [chunk for chunk in chunks if _only_decodes(chunk)]
-        others = [chunk for chunk in chunks if not _only_decodes(chunk)]
-        choices_of_others = run_step(decoder, kv, others) if others else []
-        return [*choices_of_others, *_decode_fused(fused, decoding)]
-    together = _computed_together(kv, chunks)
-    hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
-    ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
-    last = [
-        int(end)  # the row whose logits choose a token
-        for end, chunk in zip(ends, chunks, strict=True)
-        if chunk.complete and chunk.generation.sampler is not None
-    ]
-    choices: list[Choice] = []
-    complete = [chunk.generation for chunk in chunks if chunk.complete]
-    choosing = [generation for generation in complete if generation.sampler is not None]
-    if last:
-        logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
-        choices = choose(choosing, logits_BV)
-    _score(decoder, kv, chunks, hidden_TD)
-    scored = [(generation, None) for generation in complete if generation.sampler is None]
-    return [*zip(choosing, choices, strict=True), *scored]
+    chunks: Sequence[Chunk]
+    choosing: list[tuple[Generation, int]]
+    choices: Callable[[], list[Choice]]  # waits for the step
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], choices: Callable[[], list[Choice]]) -> "Flight":
+        """The step of `chunks`, before any of them counts as computed."""
+        return cls(chunks, [(g, len(g.ids)) for g in choosing(chunks)], choices)
+
+    def land(self) -> list[tuple[Generation, int, Choice]]:
+        """Wait, and say for each generation that is complete what stands where in its ids."""
+        choices = zip(self.choosing, self.choices(), strict=True)
+        found = [(generation, place, choice) for (generation, place), choice in choices]
+        scored = [c.generation for c in self.chunks if c.generation.sampler is None]
+        return found + [(g, len(g.ids), None) for g in scored if g.missing == 0]
 
 
-def _only_decodes(chunk: Chunk) -> bool:
-    request = chunk.generation.request
-    return chunk.count == 1 and chunk.complete and request.score_from is None
+def choosing(chunks: Sequence[Chunk]) -> list[Generation]:
+    """Whose next token a step of these chunks chooses."""
+    return [c.generation for c in chunks if c.complete and c.generation.sampler is not None]
 
 
-def _decode_fused(fused: FusedDecode, chunks: Sequence[Chunk]) -> list[tuple[Generation, Choice]]:
-    found: list[tuple[Generation, Choice]] = []
-    for start in range(0, len(chunks), ROWS):
-        some = [chunk.generation for chunk in chunks[start : start + ROWS]]
-        logits_BV = fused([g.ids[-1] for g in some], [_part(Chunk(g, 1)) for g in some])
-        found += zip(some, choose(some, logits_BV), strict=True)
-    return found
+class Runner(Protocol):
+    """What computes steps. `launch` may return while the device is still at it."""
+
+    def launch(self, chunks: Sequence[Chunk]) -> Flight: ...
+
+
+class PlainRunner:
+    """The decoder as it is, on any device; every step has ended when `launch` returns."""
+
+    def __init__(self, decoder: Decoder, kv: Paged) -> None:
+        self.decoder, self.kv = decoder, kv
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> Flight:
+        """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
+        decoder, kv = self.decoder, self.kv
+        together = _computed_together(kv, chunks)
+        hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
+        ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
+        last = [
+            int(end)  # the row whose logits choose a token
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.complete and chunk.generation.sampler is not None
+        ]
+        choices: list[Choice] = []
+        if last:
+            logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
+            choices = choose(choosing(chunks), logits_BV)
+        score(decoder, kv, chunks, hidden_TD)
+        return Flight.of(chunks, lambda: choices)
 
 
 def _part(chunk: Chunk) -> Part:
@@ -156,7 +171,7 @@ def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
     return Chosen(id, float(logprobs_V[id]), tuple(pairs))
 
 
-def _score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
     """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
     start = 0
     for chunk in chunks:
