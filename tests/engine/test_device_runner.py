@@ -4,7 +4,6 @@ Whatever a GPU would do in between, the ids are those of the plain decoder alone
 """
 
 import random
-from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
@@ -20,10 +19,9 @@ from xverse.model.fuse import fuse
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DeviceRunner.why_not(tiny_decoder(), None)  # type: ignore[arg-type]  # never by itself
     monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
-    yield
 
 
 def engine(kv_tokens: int = 2000, page_size: int = 4, **options: int) -> Engine:
