@@ -1,6 +1,7 @@
 """Log-probabilities, of answers and of given texts; several answers; options inside a batch."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,9 @@ def test_logprobs_equal_transformers() -> None:
         assert values == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+BEST = Sampling(max_tokens=9, temperature=0.0, prompt_logprobs=3).over({})
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_scores_of_prompts_however_they_are_cut(seed: int) -> None:
     """Chunks, shared beginnings, preemption and decoding neighbours leave every score exact."""
@@ -61,8 +65,10 @@ def test_scores_of_prompts_however_they_are_cut(seed: int) -> None:
     asked: dict[int, Request] = {}
     for _ in range(20):
         ids = stem[: chance.randint(2, 20)] + prompts(1, seed=chance.randrange(99))[0]
-        sampling = greedy(chance.choice([1, 20])) if chance.random() < 0.5 else None
-        request = Request(ids, sampling, score_from=chance.randint(1, len(ids)))
+        sampling = chance.choice([None, greedy(1), greedy(20), BEST, replace(BEST, max_tokens=0)])
+        scored = sampling is not None and sampling.prompt_logprobs is not None
+        start = None if scored else chance.randint(1, len(ids))
+        request = Request(ids, sampling, score_from=start)
         asked[it.add(request)] = request
     found: dict[int, Scores] = {}
     while it.busy:
@@ -78,7 +84,13 @@ def test_scores_of_prompts_however_they_are_cut(seed: int) -> None:
         table = exact(ids)
         expected = [float(table[i - 1, ids[i]]) for i in range(start, len(ids))]
         assert list(found[number].logprobs) == pytest.approx(expected, abs=1e-3)
-        assert found[number].last == (request.sampling is None)
+        assert found[number].last == (not request.answers)
+        tops = found[number].tops
+        assert len(tops) == (len(expected) if request.best_scored else 0)
+        for place, top in enumerate(tops, start):
+            best = table[place - 1].topk(3)
+            assert [id for id, _ in top] == best.indices.tolist()
+            assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 def test_options_hold_inside_a_mixed_batch() -> None:

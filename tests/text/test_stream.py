@@ -55,6 +55,26 @@ def test_languages_with_the_real_vocabulary() -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("text", [*SENTENCES.values(), *HARD.values()])
+def test_a_beginning_of_any_length_joins_to_the_whole(text: str, tiny: Tokenizer) -> None:
+    """Cut anywhere, also inside a character."""
+    for tokenizer in (tiny, Tokenizer(byte_level()), Tokenizer(sentencepiece())):
+        ids = tokenizer.encode(text)
+        for end in range(len(ids) + 1):
+            stream = TextStream(tokenizer)
+            seen = stream.begin(ids[:end])
+            assert text.startswith(seen)
+            seen += "".join(stream.push(id) for id in ids[end:])
+            assert seen + stream.finish() == text
+
+
+def test_a_stop_string_in_the_beginning_ends_nothing(tiny: Tokenizer) -> None:
+    stream = TextStream(tiny, ["cd"])
+    assert stream.begin(tiny.encode("abcdc")) == "abcdc"
+    assert "".join(stream.push(id) for id in tiny.encode("dcde")) == "d"
+    assert stream.stopped
+
+
 def test_stop_strings_are_held_back_and_cut(tiny: Tokenizer) -> None:
     check(tiny, tiny.encode("the end\n\nHuman: more"), ["\n\nHuman:", "\n\nExec:"])
     check(tiny, tiny.encode("one\n\ntwo\n\nHuman"), ["\n\nHuman:"])

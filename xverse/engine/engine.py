@@ -148,7 +148,7 @@ class Engine:
                 "Encode it with this model's own tokenizer.",
             )
         number, sampling = self._next, request.sampling
-        sampler = Sampler(sampling, self.end_ids) if sampling else None
+        sampler = Sampler(sampling, self.end_ids) if sampling and request.answers else None
         generation = Generation(
             number, request, sampler, self._namespace(request), list(request.ids)
         )
@@ -259,14 +259,16 @@ class Engine:
     def _take(self, generation: Generation, place: int, choice: Choice) -> Iterator[Output]:
         """The outputs of a generation whose ids before `place` are all computed."""
         number, request = generation.number, generation.request
-        if any(map(math.isnan, generation.scores)):
+        first = place == len(request.ids)
+        if first and any(map(math.isnan, generation.scores)):
             choice = not_a_number()
         if isinstance(choice, XverseError):
             self.abort(number)
             yield Failed(number, choice)
             return
-        if request.score_from is not None and place == len(request.ids):
-            yield Scores(number, tuple(generation.scores), last=choice is None)
+        if first and (request.score_from is not None or choice is None):
+            scores, tops = tuple(generation.scores), tuple(generation.tops)
+            yield Scores(number, scores, last=choice is None, tops=tops)
         if choice is None:
             self.abort(number)
             return

@@ -10,13 +10,12 @@ from xverse.checkpoint.load import load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.loop import Loop
-from xverse.engine.request import Answer, Finish, Logprob, Piece, Request, Sampling, Scores, Token
+from xverse.engine.output import Output
+from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Scores
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.quant.quantize import quantize as quantize_decoder
 from xverse.text.chat import Encoded, encode_prompt
-from xverse.text.stream import TextStream
-from xverse.text.tokenizer import Tokenizer
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
 
@@ -85,7 +84,13 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         chosen = sampling or Sampling()
         seeds = [None if chosen.seed is None else chosen.seed + i for i in range(n)]
-        return self._answer([ids] * n, [replace(chosen, seed=seed) for seed in seeds])
+        samplings = [replace(chosen, seed=seed) for seed in seeds]
+        if chosen.prompt_logprobs is None or chosen.max_tokens == 0:
+            return self._answer([ids] * n, samplings)
+        # What is scored is computed: one does it for all, who share its pages.
+        others = [replace(sampling, prompt_logprobs=None) for sampling in samplings[1:]]
+        answers = self._answer([ids] * n, [samplings[0], *others])
+        return [replace(answer, prompt_logprobs=answers[0].prompt_logprobs) for answer in answers]
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         """Log-probability of each continuation after the prompt, the sum over its tokens.
@@ -128,6 +133,7 @@ class LLM:
     ) -> Answer:
         """The model's next turn in a conversation. With `tools` (OpenAI's form) its function calls
         come parsed in `tool_calls`, and the text is what stands around them."""
+        _refuse_echo(sampling)
         encoded = self.encode_chat(messages, sampling, tools=tools)
         answer = replace(self._answer([encoded.ids], [sampling])[0], cut=encoded.cut)
         if not tools:
@@ -143,6 +149,7 @@ class LLM:
         tools: Sequence[Mapping[str, object]] | None = None,
     ) -> Iterator[Piece]:
         """`chat`, piece by piece; function calls stay in the text (`ToolStream` parses them)."""
+        _refuse_echo(sampling)
         yield from self._pieces(self.encode_chat(messages, sampling, tools=tools).ids, sampling)
 
     def encode_chat(
@@ -181,15 +188,17 @@ class LLM:
         room = self.context - len(ids)
         filled = self._filled(sampling)
         asked = sampling.max_tokens if sampling else None
-        if room < 1 or (asked or 0) > room:
+        least = 1 if asked is None else asked
+        if least > room:
             raise XverseError(
-                f"The prompt has {len(ids)} tokens and the answer may have {asked or 1}.",
+                f"The prompt has {len(ids)} tokens and the answer may have {least}.",
                 f"The model's context holds {self.context} tokens for both.",
                 "Shorten the prompt or lower max_tokens.",
             )
-        if not asked:  # then the answer ends where memory does
+        if asked is None:  # then the answer ends where memory does
             room = min(room, max(1, self.engine.capacity - len(ids)))
-        return replace(filled, max_tokens=min(filled.max_tokens or room, room))
+        most = room if filled.max_tokens is None else min(filled.max_tokens, room)
+        return replace(filled, max_tokens=most)
 
     def _scored(self, ids: Sequence[int], start: int) -> Request:
         if not ids or start < 1 or len(ids) > self.context:
@@ -203,80 +212,45 @@ class LLM:
     def _answer(
         self, prompts: Sequence[list[int]], samplings: Sequence[Sampling | None]
     ) -> list[Answer]:
-        outputs = [self._output(sampling) for sampling in samplings]
+        outputs = [self._output(*pair) for pair in zip(prompts, samplings, strict=True)]
         for _ in self._run(prompts, samplings, outputs):
             pass
-        return [out.answer(len(ids)) for out, ids in zip(outputs, prompts, strict=True)]
+        return [output.answer() for output in outputs]
 
     def _pieces(self, ids: list[int], sampling: Sampling | None) -> Iterator[Piece]:
-        outputs = [self._output(sampling)]
-        pending: list[int] = []
-        with closing(self._run([ids], [sampling], outputs)) as run:
-            for token, text in run:
-                pending.append(token.id)
-                if text or outputs[0].finish:
-                    yield Piece(text, tuple(pending), outputs[0].finish)
-                    pending = []
+        outputs = [self._output(ids, sampling)]
+        with closing(self._run([ids], [sampling], outputs)) as pieces:
+            yield from pieces
 
-    def _output(self, sampling: Sampling | None) -> "_Output":
-        return _Output(self.tokenizer, self._filled(sampling).stop)
+    def _output(self, ids: list[int], sampling: Sampling | None) -> Output:
+        return Output(self.tokenizer, self._filled(sampling), ids)
 
     def _run(
         self,
         prompts: Sequence[list[int]],
         samplings: Sequence[Sampling | None],
-        outputs: list["_Output"],
-    ) -> Generator[tuple[Token, str], None, None]:
-        """Decode, each token with the text that it made final; a stop string ends its prompt."""
+        outputs: list[Output],
+    ) -> Generator[Piece, None, None]:
+        """Decode; what is final as soon as it is. A stop string ends its prompt."""
         ended: set[int] = set()
         requests = [
             Request(tuple(ids), self._fitted(ids, sampling))
             for ids, sampling in zip(prompts, samplings, strict=True)
         ]
-        with closing(self._loop.run(requests, ended)) as tokens:
-            for token in tokens:
-                assert isinstance(token, Token), "no scores were asked for"
-                output = outputs[token.request]
-                text = output.take(token)
+        with closing(self._loop.run(requests, ended)) as found:
+            for each in found:
+                output = outputs[each.request]
+                piece = output.take(each)
                 if output.finish:
-                    ended.add(token.request)
-                yield token, text
+                    ended.add(each.request)
+                if piece is not None:
+                    yield piece
 
 
-class _Output:
-    """What has come of one prompt so far."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stream = tokenizer, TextStream(tokenizer, stop)
-        self.tokens: list[int] = []
-        self.texts: list[str] = []
-        self.logprobs: list[Logprob] = []
-        self.finish: Finish | None = None
-
-    def take(self, token: Token) -> str:
-        """Add a token; returns the text that is final now."""
-        self.tokens.append(token.id)
-        if token.logprob is not None:
-            top = tuple(self._logprob(*pair) for pair in token.top)
-            self.logprobs.append(self._logprob(token.id, token.logprob, top))
-        text = self.stream.push(token.id)
-        self.finish = "stop" if self.stream.stopped else token.finish
-        if self.finish:
-            text += self.stream.finish()
-            # What was held back may complete a stop string only now.
-            self.finish = "stop" if self.stream.stopped else token.finish
-        self.texts.append(text)
-        return text
-
-    def answer(self, prompt_tokens: int) -> Answer:
-        assert self.finish is not None, "every prompt ends"
-        return Answer(
-            "".join(self.texts),
-            tuple(self.tokens),
-            self.finish,
-            prompt_tokens,
-            logprobs=tuple(self.logprobs),
+def _refuse_echo(sampling: Sampling | None) -> None:
+    if sampling is not None and sampling.echo:
+        raise XverseError(
+            "A conversation cannot be echoed.",
+            "Its answer is the next message, and not a text with a beginning.",
+            "Leave echo out, or give what encode_chat returns to choices.",
         )
-
-    def _logprob(self, id: int, logprob: float, top: tuple[Logprob, ...] = ()) -> Logprob:
-        return Logprob(id, self.tokenizer.token_bytes(id), logprob, top)

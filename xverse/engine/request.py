@@ -11,6 +11,7 @@ from xverse.text.chat import Cut
 from xverse.text.tools import ToolCall
 
 Finish = Literal["stop", "length"]
+Top = tuple[tuple[int, float], ...]  # the best ids with their log-probabilities, best first
 
 # Keys of generation_config.json that are answered elsewhere or say nothing of how to choose.
 _WITHOUT_EFFECT = frozenset(
@@ -43,7 +44,9 @@ class Sampling:
     frequency_penalty (OpenAI's) count the answer's tokens, repetition_penalty the prompt's too.
     logit_bias adds to the logits of ids. stop_ids end an answer as the model's own end ids do, and
     neither comes before min_tokens. logprobs asks for the log-probability of each token and of
-    that many best ones, by the model itself: before any of these options.
+    that many best ones, by the model itself: before any of these options. prompt_logprobs asks the
+    same for the prompt's tokens after the first. With echo the answer begins with the prompt.
+    max_tokens 0 adds nothing to the prompt, and is for these two.
     """
 
     max_tokens: int | None = None
@@ -61,6 +64,8 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         stop: object = self.stop  # what callers give may be one string, or a list
@@ -68,7 +73,7 @@ class Sampling:
         stop_ids: object = self.stop_ids
         ids = tuple(self.stop_ids) if isinstance(stop_ids, Iterable) else (stop_ids,)
         object.__setattr__(self, "stop_ids", ids)
-        _check(self, "max_tokens", whole=True, low=1, high=2**31)
+        _check(self, "max_tokens", whole=True, low=0, high=2**31)
         _check(self, "min_tokens", whole=True, low=0, high=2**31)
         _check(self, "temperature", low=0, high=100)
         _check(self, "top_k", whole=True, low=0, high=2**31)
@@ -78,6 +83,7 @@ class Sampling:
         _check(self, "presence_penalty", low=-2, high=2)
         _check(self, "frequency_penalty", low=-2, high=2)
         _check(self, "logprobs", whole=True, low=0, high=100)
+        _check(self, "prompt_logprobs", whole=True, low=0, high=100)
         _check(self, "seed", whole=True, low=-(2**63), high=2**63 - 1)
         _check_ids("stop_ids", self.stop_ids)
         _check_bias(self.logit_bias)
@@ -86,6 +92,12 @@ class Sampling:
                 f"A stop string is empty or no text: {self.stop!r:.80}.",
                 "Generation ends where a stop string appears, and nothing appears everywhere.",
                 "Give non-empty strings.",
+            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise XverseError(
+                "max_tokens 0 asks for nothing.",
+                "No token may be added, and of the prompt nothing is wanted.",
+                "Raise max_tokens, or ask for the prompt with prompt_logprobs or echo.",
             )
 
     def over(self, generation_config: Mapping[str, object]) -> "Sampling":
@@ -109,7 +121,7 @@ _FROM_CONFIG = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
 }
-_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False, 0.0, 0.0, None, (), 0, None)
+_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False, 0.0, 0.0, None, (), 0, None, None, False)
 
 
 def sampling_of(generation_config: Mapping[str, object]) -> Sampling:
@@ -134,13 +146,29 @@ class Request:
     """A prompt to be continued. Pages of KV memory are shared only within a `namespace`.
 
     `sampling` must be filled and have max_tokens; with None nothing is added to the prompt.
-    `score_from`: the log-probabilities of the prompt's tokens from this place on are wanted.
+    `score_from`: the log-probabilities of the prompt's tokens from this place on are wanted; it is
+    1 where the sampling asks for prompt_logprobs.
     """
 
     ids: tuple[int, ...]
     sampling: Sampling | None
     namespace: str = ""
     score_from: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and self.sampling.prompt_logprobs is not None:
+            assert self.score_from in (None, 1), "all of the prompt is scored"
+            object.__setattr__(self, "score_from", 1)
+
+    @property
+    def best_scored(self) -> int:
+        """How many best ids are wanted beside each prompt token that is scored."""
+        return (self.sampling.prompt_logprobs or 0) if self.sampling else 0
+
+    @property
+    def answers(self) -> bool:
+        """Whether anything is to be added to the prompt."""
+        return self.sampling is not None and self.sampling.max_tokens != 0
 
 
 @dataclass(frozen=True)
@@ -154,16 +182,20 @@ class Token:
     id: int
     finish: Finish | None = None
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of prompt tokens of `request`; `last` where no tokens follow."""
+    """Log-probabilities of prompt tokens of `request`; `last` where no tokens follow.
+
+    Where asked for, `tops` has for each of them the best ids with theirs, best first.
+    """
 
     request: int
     logprobs: tuple[float, ...]
     last: bool
+    tops: tuple[Top, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,16 +218,25 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become final, the tokens it came from, and on the last piece why it ended."""
+    """Text that has become final, the tokens it came from, and on the last piece why it ended.
+
+    Log-probabilities, where asked for, are of these tokens; the prompt's come with the first piece.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish: Finish | None = None
+    logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. `cut` says what of the conversation did not fit, None where all of it did."""
+    """A whole answer. `cut` says what of the conversation did not fit, None where all of it did.
+
+    With `Sampling.echo`, text and tokens begin with the prompt's. `logprobs` are those of the
+    tokens that were added, `prompt_logprobs` those of the prompt's from its second on.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -204,6 +245,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     cut: Cut | None = None
     logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 def _first(*values: object) -> object:

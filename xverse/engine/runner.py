@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xverse.engine.paged import Paged, Part
+from xverse.engine.request import Top
 from xverse.engine.sampler import Sampler
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.errors import XverseError
@@ -27,7 +28,7 @@ class Chosen:
 
     id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
 
 
 Choice = Chosen | XverseError | None  # None: all is computed, and nothing was to be chosen
@@ -166,9 +167,14 @@ def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
     if wanted is None:
         return Chosen(id)
     logprobs_V = logits_V.float().log_softmax(-1)
-    top = logprobs_V.topk(min(wanted, len(logprobs_V)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Chosen(id, float(logprobs_V[id]), tuple(pairs))
+    return Chosen(id, float(logprobs_V[id]), _best(logprobs_V[None], wanted)[0])
+
+
+def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
+    """The `count` best ids of each row."""
+    best = logprobs_TV.topk(min(count, logprobs_TV.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in rows]
 
 
 def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
@@ -182,6 +188,8 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
             stop = min(first + SCORED_AT_ONCE, end)
             logits_TV = _logits(decoder, kv, hidden_TD[row + first - 1 : row + stop - 1])
             wanted = torch.tensor(ids[first:stop], device=logits_TV.device)
-            logprobs_T = logits_TV.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-            generation.scores += logprobs_T.tolist()
+            logprobs_TV = logits_TV.float().log_softmax(-1)
+            generation.scores += logprobs_TV.gather(1, wanted[:, None])[:, 0].tolist()
+            if generation.request.best_scored:
+                generation.tops += _best(logprobs_TV, generation.request.best_scored)
         start += chunk.count

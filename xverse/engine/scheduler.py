@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from xverse.engine.pages import Pages, Table
-from xverse.engine.request import Request
+from xverse.engine.request import Request, Top
 from xverse.engine.sampler import Sampler
 from xverse.errors import XverseError
 
@@ -34,6 +34,7 @@ class Generation:
     namespace: str
     ids: list[int]
     scores: list[float] = field(default_factory=list)
+    tops: list[Top] = field(default_factory=list)  # beside the scores
     held: int = 0
     table: Table | None = None
     pending: int = 0

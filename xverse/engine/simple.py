@@ -25,8 +25,8 @@ def decode(
 ) -> Iterator[Token]:
     """Yield the tokens of every prompt, step by step, each as soon as it is known.
 
-    Samplings must be filled and have max_tokens. A prompt ends after a token of `end_ids`, which
-    is yielded too, or at max_tokens, or when the reader has put its number into `ended`.
+    Samplings must be filled and have max_tokens above 0. A prompt ends after a token of `end_ids`,
+    which is yielded too, or at max_tokens, or when the reader has put its number into `ended`.
     """
     seen = [list(prompt) for prompt in prompts]
     samplers = [Sampler(sampling, end_ids) for sampling in samplings]

@@ -33,6 +33,12 @@ class TextStream:
         """Whether a stop string has appeared; nothing more comes then."""
         return self._stopped
 
+    def begin(self, ids: Sequence[int]) -> str:
+        """Text of ids before the first `push`, which stop strings do not end: a prompt's. Half a
+        character at their end comes with what completes it."""
+        data = b"".join([self._tokenizer.token_bytes(id) for id in ids if id not in self._skipped])
+        return self._without_start(self._decoder.decode(data))
+
     def push(self, id: int) -> str:
         """Add one id; returns the text that is final now. XverseError for an unknown id."""
         if id in self._skipped:
@@ -46,10 +52,7 @@ class TextStream:
     def _release(self, text: str, *, final: bool) -> str:
         if self._stopped:
             return ""
-        if self._at_start and text:
-            self._at_start = False
-            text = text.removeprefix(" ")
-        text = self._held + text
+        text = self._held + self._without_start(text)
         found = min((at for s in self._stop if (at := text.find(s)) >= 0), default=len(text))
         # A longer stop string that began before `found` may still be completed: then we wait.
         open_from = len(text) if final else self._open_from(text)
@@ -57,6 +60,13 @@ class TextStream:
         cut = min(found, open_from)
         self._held = "" if self._stopped else text[cut:]
         return text[:cut]
+
+    def _without_start(self, text: str) -> str:
+        """The text without the space that the tokenizer puts before everything."""
+        if self._at_start and text:
+            self._at_start = False
+            return text.removeprefix(" ")
+        return text
 
     def _open_from(self, text: str) -> int:
         """Where the longest tail of `text` that begins a stop string starts; its length if none."""
