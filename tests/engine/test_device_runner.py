@@ -14,6 +14,7 @@ from xverse.engine.captured import padded
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Scores, Token
+from xverse.engine.runner import PlainRunner
 from xverse.engine.simple import decode
 from xverse.model.fuse import fuse
 
@@ -137,6 +138,7 @@ def test_log_probabilities_come_with_their_tokens() -> None:
         assert len(token.top) == 3
     assert all(t.logprob is None for t in tokens if t.request == 1)
     plain = Engine(tiny_decoder(), options=EngineOptions(kv_tokens=100))
+    plain.runner, plain.overlap = PlainRunner(tiny_decoder(), plain.kv), False
     plain.add(Request((4, 5, 6, 7), None, score_from=1))
     (expected,) = plain.step()
     assert isinstance(expected, Scores)

@@ -64,10 +64,9 @@ class Paged:
         self.keys = _zeros(size, dtype, self.device)
         self.values = _zeros(size, dtype, self.device)
         # Of fp8 keys and values: one scale for each token and head.
-        self.rounded = dtype == torch.float8_e4m3fn
+        rounded = dtype == torch.float8_e4m3fn
         self._scales = [
-            _zeros(size[:-1] if self.rounded else (0,), torch.bfloat16, self.device)
-            for _ in range(2)
+            _zeros(size[:-1], torch.bfloat16, self.device) for _ in range(2 if rounded else 0)
         ]
         self._groups: list[_Group] = []
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -104,8 +103,10 @@ class Paged:
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Scales [P, K, S] of fp8 keys and values; None where they are kept as they are."""
+        if not self._scales:
+            return None
         keys, values = self._scales
-        return (keys[layer], values[layer]) if self.rounded else None
+        return keys[layer], values[layer]
 
     def lengths(self) -> Tensor:
         return self._lengths_T
