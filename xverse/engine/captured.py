@@ -82,7 +82,7 @@ class CapturedSteps:
 
 
 def captured(run: Run, pool: tuple[int, int] | None = None) -> Run:
-    """The operations of `run` as a CUDA graph; they run three times here, the last time captured."""
+    """The operations of `run` as a CUDA graph. They run twice here before they are captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
