@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from xverse.engine.captured import CapturedSteps
+from xverse.engine.captured import CapturedSteps, padded
 from xverse.engine.device_sampler import DeviceSampler, Picked, Row
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
@@ -78,6 +78,12 @@ class DeviceRunner:
             return Flight.of(ordered, lambda: [])
         logits_BV = found[0] if len(found) == 1 else torch.cat(found)
         return Flight.of(ordered, self._choose(choosing(ordered), logits_BV))
+
+    def prepare(self) -> None:
+        """Capture the steps of all sizes."""
+        with torch.inference_mode():
+            for size in sorted({padded(rows) for rows in range(1, self.slots + 1)}, reverse=True):
+                self.steps.prepare(size)
 
     def rehearse(self, step_tokens: int) -> int:
         """Run the largest steps on the spare page; the most bytes they took beside what stays."""

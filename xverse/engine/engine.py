@@ -157,6 +157,14 @@ class Engine:
         self._next += 1
         return number
 
+    def prepare(self) -> None:
+        """Capture every step that decoding may want now, so that no request waits for it later.
+
+        About a second for ten sizes on a GPU; nothing where steps are not captured.
+        """
+        if isinstance(self.runner, DeviceRunner):
+            self.runner.prepare()
+
     def abort(self, number: int) -> None:
         """Forget a request and take its memory back; nothing where it has ended already."""
         generation = self._generations.pop(number, None)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xverse.errors import XverseError
-from xverse.kernels.attend import attend_pages, attend_sequence, gather_pages
+from xverse.kernels import reference
+from xverse.kernels.attend import attend_batch, attend_sequence, gather_pages
 from xverse.model.shape import ModelShape
 
 
@@ -112,24 +113,33 @@ class Paged:
         return self._lengths_T
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        for pages, new in ((keys, k_TKE), (values, v_TKE)):
-            rows = new.flatten(0, 1)[: len(self._places)]
-            pages.flatten(0, 2).index_copy_(0, self._places, rows)
+        keys, values, scales = self.keys[layer], self.values[layer], self.scales(layer)
+        key_scales, value_scales = scales or (None, None)
+        self._store(keys, key_scales, k_TKE)
+        self._store(values, value_scales, v_TKE)
         mixed = []
         for group in self._groups:
             q = q_THE[group.rows]
+            k_BKSE = _gather(keys, key_scales, group.tables_BP, q.dtype)
+            v_BKSE = _gather(values, value_scales, group.tables_BP, q.dtype)
             if len(group.lengths_B) == len(q) and self.fixed_rows is None:
-                mixed.append(attend_pages(q, keys, values, group.tables_BP, group.lengths_B))
+                seen = torch.arange(k_BKSE.shape[2], device=self.device)
+                mixed.append(attend_batch(q, k_BKSE, v_BKSE, seen < group.lengths_B[:, None]))
             else:
-                k_KSE, v_KSE = (
-                    gather_pages(pages, group.tables_BP)[0, :, : group.seen]
-                    for pages in (keys, values)
-                )
+                k_KSE, v_KSE = (side[0, :, : group.seen] for side in (k_BKSE, v_BKSE))
                 mixed.append(attend_sequence(q, k_KSE, v_KSE))
         if self.fixed_rows is not None:
             mixed.append(torch.zeros_like(q_THE[len(mixed) :]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _store(self, pages: Tensor, scales: Tensor | None, new_TKE: Tensor) -> None:
+        rows = new_TKE.flatten(0, 1)[: len(self._places)]
+        if scales is not None:
+            rounded, scale = reference.quantize_kv(rows[:, None])
+            scales.flatten().index_copy_(0, self._places, scale[:, 0])
+            # Not every operation knows fp8; moving it is moving bytes.
+            pages, rows = pages.view(torch.uint8), rounded[:, 0].view(torch.uint8)
+        pages.flatten(0, 2).index_copy_(0, self._places, rows)
 
     def clear(self, parts: Sequence[Part]) -> None:
         """Zero the pages that begin in this step: what a mask hides is still multiplied, and
@@ -142,8 +152,8 @@ class Paged:
         ]
         if fresh:
             pages = self._tensor(fresh)
-            self.keys.index_fill_(1, pages, 0)
-            self.values.index_fill_(1, pages, 0)
+            for pool in (self.keys.view(torch.uint8), self.values.view(torch.uint8), *self._scales):
+                pool.index_fill_(1, pages, 0)
 
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
         start = 0
@@ -171,6 +181,18 @@ class Paged:
 
     def _tensor(self, numbers: object) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _gather(
+    pages: Tensor, scales: Tensor | None, tables_BP: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The pages of B sequences as they are computed with, [B, K, P * S, E] in `dtype`."""
+    if scales is None:
+        return gather_pages(pages, tables_BP)
+    rounded = gather_pages(pages.view(torch.uint8), tables_BP).view(pages.dtype)
+    return reference.dequantize_kv(
+        rounded, gather_pages(scales[..., None], tables_BP)[..., 0], dtype
+    )
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

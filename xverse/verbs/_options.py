@@ -19,11 +19,20 @@ class ModelOptions:
     quantize: Literal[4, 8] | None = None
     """Round the weights to 8 or 4 bits after loading (the published per-row scheme)."""
 
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """fp8 keeps keys and values in 8 bits: twice the conversations in the same memory."""
+
     def load(self, model: str) -> "LLM":
         """The model, ready to answer."""
         from xverse.engine.llm import LLM
 
-        return LLM(model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        return LLM(
+            model,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            kv_dtype=self.kv_dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
