@@ -70,6 +70,8 @@ class Scheduler:
     max_running: int
     waiting: list[Generation] = field(default_factory=list)
     running: list[Generation] = field(default_factory=list)
+    preempted: int = 0  # how often pages were taken from a sequence that ran
+    reused_tokens: int = 0  # found in shared pages instead of computed
 
     def add(self, generation: Generation) -> None:
         """Queue it; XverseError where even the whole memory would not do."""
@@ -160,11 +162,13 @@ class Scheduler:
             self.pages.close(table)
             return None
         generation.table, generation.held = table, held
+        self.reused_tokens += held
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation
 
     def _preempt(self, generation: Generation) -> None:
+        self.preempted += 1
         self.running.remove(generation)
         self._give_back(generation)
         insort(self.waiting, generation, key=_arrival)
