@@ -9,6 +9,7 @@ from xverse.engine.measure import measure_latency
 from xverse.engine.request import Request
 from xverse.engine.simple import decode
 from xverse.model.cache import Packed
+from xverse.model.decoder import Decoder
 
 # Two ways to sum the same products in 16 bits leave logits about 8 rounding steps apart at 7B's
 # depth. A token whose logit is within twice that of the best is as good a choice as the best;
@@ -50,21 +51,30 @@ class Agreement:
         )
 
 
-@torch.inference_mode()
 def compare(engine: Engine, request: Request, *, rounding_steps: int = ROUNDING_STEPS) -> Agreement:
-    """Answer a greedy request by the engine and by `engine/simple.py`.
+    """Let the engine answer a greedy request alone, and judge its ids."""
+    ids = measure_latency(engine, [request]).answers[0].ids
+    return judge(engine.decoder, request, ids, rounding_steps=rounding_steps)
 
-    Where they part, each token of the engine is looked at in the plain decoder's logits after the
-    engine's own ids before it.
+
+@torch.inference_mode()
+def judge(
+    decoder: Decoder,
+    request: Request,
+    ids: tuple[int, ...],
+    *,
+    rounding_steps: int = ROUNDING_STEPS,
+) -> Agreement:
+    """The ids that an engine gave to a greedy request, beside those of `engine/simple.py`.
+
+    Where they part, each of them is looked at in the plain decoder's logits after those before it.
     """
     assert request.sampling is not None, "it decodes"
     assert request.sampling.temperature == 0.0, "it is greedy"
-    ids = measure_latency(engine, [request]).answers[0].ids
-    plain = tuple(token.id for token in decode(engine.decoder, [request.ids], [request.sampling]))
+    plain = tuple(token.id for token in decode(decoder, [request.ids], [request.sampling]))
     if ids == plain:
         return Agreement(request, ids, plain)
-    decoder, first = engine.decoder, len(request.ids) - 1
-    weight = decoder.model.embed_tokens.weight
+    weight, first = decoder.model.embed_tokens.weight, len(request.ids) - 1
     row = [*request.ids, *ids[:-1]]
     kv = Packed([len(row)], weight.device)
     wanted = torch.arange(first, len(row), device=weight.device)
@@ -73,5 +83,5 @@ def compare(engine: Engine, request: Request, *, rounding_steps: int = ROUNDING_
     behind_T = logits_TV.amax(-1) - chosen_T
     allowed_T = rounding_steps * torch.finfo(weight.dtype).eps * logits_TV.abs().amax(-1)
     wrong = int((~(behind_T <= allowed_T)).sum())  # NaN is wrong, too
-    ties = int((behind_T > 0).sum()) - int((behind_T > allowed_T).sum())
+    ties = int(((behind_T > 0) & (behind_T <= allowed_T)).sum())
     return Agreement(request, ids, plain, ties=ties, wrong=wrong)

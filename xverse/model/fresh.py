@@ -12,9 +12,9 @@ SHARE = 0.92  # of the free memory: the rest is for one step's activations and l
 
 
 def random_decoder(
-    shape: ModelShape, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: ModelShape, *, dtype: torch.dtype, device: torch.device, std: float = 0.02, seed: int = 0
 ) -> Decoder:
-    """A decoder of `shape` with fresh weights in `dtype` (a router's in fp32), ready to run.
+    """A decoder of `shape`, ready to run: normal weights, in `dtype` (a router's in fp32).
 
     XverseError where `device` has not the memory for them.
     """
@@ -25,7 +25,7 @@ def random_decoder(
     for block in decoder.model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
             block.mlp.router.float()
-    return initialize(decoder, seed=seed).eval().requires_grad_(False)
+    return initialize(decoder, std=std, seed=seed).eval().requires_grad_(False)
 
 
 def _refuse_what_does_not_fit(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:

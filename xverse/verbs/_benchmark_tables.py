@@ -92,12 +92,12 @@ def _latency(report: Report) -> Table:
 
 def _speed(report: Report) -> Table:
     table = _table(
-        "Many requests: tokens a second",
+        "Many requests: tokens a second, new ones and all with the prompts",
         "at once",
         "requests",
         "",
         "new",
-        "with prompts",
+        "all",
         "preempted",
         "reused",
         "xverse is",
@@ -118,7 +118,7 @@ def _speed(report: Report) -> Table:
 
 def _waiting(report: Report) -> Table:
     table = _table(
-        "Many requests: milliseconds to the first token, and of each after it",
+        "Many requests: ms to the first token, and of each after it",
         "at once",
         "",
         "first",
@@ -154,10 +154,15 @@ def _memory(report: Report) -> Table:
 
 def _table(title: str, *columns: str, title_only: bool = False) -> Table:
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=not title_only
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=not title_only,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "" else "right")
     return table
 
 
