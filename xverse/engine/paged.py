@@ -72,6 +72,11 @@ class Paged:
         self._groups: list[_Group] = []
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return sum(pool.nbytes for pool in (self.keys, self.values, *self._scales))
+
     def begin(self, parts: Sequence[Part]) -> Tensor:
         """Start a step of these parts, in this order; returns the positions, [T] int64.
 

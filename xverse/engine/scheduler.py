@@ -89,6 +89,8 @@ class Scheduler:
     waiting: list[Generation] = field(default_factory=list)
     running: list[Generation] = field(default_factory=list)
     slots: list[int] = field(init=False)
+    preempted: int = 0  # how often pages were taken from a sequence that ran
+    reused_tokens: int = 0  # found in shared pages instead of computed
 
     def __post_init__(self) -> None:
         self.slots = list(range(self.max_running - 1, -1, -1))  # popped from the end
@@ -192,11 +194,13 @@ class Scheduler:
             self.pages.close(table)
             return None
         generation.table, generation.held, generation.slot = table, held, self.slots.pop()
+        self.reused_tokens += held
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation
 
     def _preempt(self, generation: Generation) -> None:
+        self.preempted += 1
         self.running.remove(generation)
         self._give_back(generation)
         insort(self.waiting, generation, key=_arrival)
