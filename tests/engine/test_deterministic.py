@@ -1,13 +1,17 @@
 """Deterministic mode: equal to the last bit, whatever runs beside a request and before it."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.engine.tiny import CONFIG, VOCAB
+from tests.tiny_model import write_published_folder
+from xverse import LLM
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.request import Request, Sampling, Scores, Token
+from xverse.engine.scheduler import Generation, Scheduler
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
@@ -40,25 +44,59 @@ def run(it: Engine, prompts: list[tuple[int, ...]]) -> list[Found]:
     return [found[number] for number in numbers]
 
 
+CROWDS = (64, 1, 5, 17, 2, 39, 8, 64)  # 200 together
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_bits_alone_and_among_others(dtype: torch.dtype) -> None:
-    """Alone without anything kept; then in crowds of 1 to 64, with shared pages and preemption."""
+def test_equal_bits_alone_and_among_others(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 prompts alone; in crowds of 1 to 64 with shared pages and without; and where memory is
+    so short that who came last is computed again."""
     shape = ModelShape.from_config(CONFIG)
     decoder = initialize(Decoder(shape), std=0.3).to(dtype).requires_grad_(False)
-    prompts = asked(64)
+    prompts = asked(sum(CROWDS))
 
     def engine(kv_tokens: int, **options: int) -> Engine:
         return Engine(
             decoder, options=EngineOptions(kv_tokens=kv_tokens, deterministic=True, **options)
         )
 
-    alone = [run(engine(256), [ids])[0] for ids in prompts]
-    assert run(engine(4096), prompts) == alone
-    tight = engine(200, page_size=4, step_tokens=23, max_running=9)
-    start = 0
-    for crowd in (1, 2, 5, 17, 39):
-        assert run(tight, prompts[start : start + crowd]) == alone[start : start + crowd]
-        start += crowd
+    solo = engine(256, share_prefixes=False)
+    alone = [run(solo, [ids])[0] for ids in prompts]
+    assert in_crowds(engine(4096), prompts) == alone
+    preempted: list[Generation] = []
+    plain = Scheduler._preempt
+
+    def count(it: Scheduler, generation: Generation) -> None:
+        preempted.append(generation)
+        plain(it, generation)
+
+    monkeypatch.setattr(Scheduler, "_preempt", count)
+    for share in (False, True):
+        tight = engine(110, page_size=2, step_tokens=23, max_running=9, share_prefixes=share)
+        half = prompts[:64] if share else prompts[64:]
+        assert in_crowds(tight, half) == (alone[:64] if share else alone[64:])
+        assert preempted
+        preempted.clear()
+
+
+def in_crowds(it: Engine, prompts: list[tuple[int, ...]]) -> list[Found]:
+    found: list[Found] = []
+    for crowd in CROWDS:
+        found += run(it, prompts[len(found) : len(found) + crowd])
+    return found
+
+
+def test_text_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    """At LLM's own door: whole answers, with their log-probabilities."""
+    write_published_folder(tmp_path)
+    llm = LLM(tmp_path, deterministic=True)
+    options = Sampling(max_tokens=8, temperature=1.0, seed=5, logprobs=2, prompt_logprobs=1)
+    prompts = [f"The {number} and then {number * number}, 北京" for number in range(24)]
+    together = llm.generate(prompts, options)
+    assert together == [llm.generate(prompt, options) for prompt in prompts]
+    assert len({answer.text for answer in together}) > 12
 
 
 def test_experts_are_refused() -> None:

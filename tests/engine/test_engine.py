@@ -1,15 +1,23 @@
 """Continuous batching: whatever happens around a request, its tokens are those it gets alone."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.tiny import VOCAB, dynamic_decoder, greedy, plain_answer, tiny_decoder
+from tests.engine.tiny import (
+    VOCAB,
+    dynamic_decoder,
+    greedy,
+    plain_answer,
+    plain_choice,
+    tiny_decoder,
+)
 from xverse.engine.engine import Engine, EngineOptions
-from xverse.engine.request import Failed, Request, Sampling, Token
+from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.simple import decode
 from xverse.errors import XverseError
 
@@ -56,27 +64,39 @@ def stories(draw: st.DrawFn) -> dict[str, object]:
         "max_running": rows,
         "step_tokens": draw(st.integers(rows, rows + 40)),
         "kv_tokens": draw(st.integers(56, 200)),
+        "share_prefixes": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32)),
     }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+KINDS = [
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.9, seed=1, top_k=20, top_p=0.9),
+    Sampling(temperature=0.0, presence_penalty=1.0, repetition_penalty=1.3),
+    Sampling(temperature=1.0, seed=2, stop_ids=(3, 4, 5), min_tokens=3),
+    Sampling(temperature=0.0, logprobs=2, prompt_logprobs=1),
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stories())
-def test_greedy_ids_whatever_happens(story: dict[str, int]) -> None:
-    """Random arrivals, lengths, aborts, tiny memories, shared beginnings, chunk sizes."""
+def test_the_same_ids_whatever_happens(story: dict[str, int]) -> None:
+    """Random arrivals, lengths, options, aborts, tiny memories, shared beginnings, chunk sizes."""
     chance = random.Random(story.pop("seed"))
     it = engine(**story)
     beginnings = prompts(3, seed=1, most=30)
-    asked: dict[int, tuple[tuple[int, ...], int]] = {}
+    asked: dict[int, tuple[tuple[int, ...], Sampling]] = {}
     found: dict[int, list[int]] = {}
     done: set[int] = set()
     for tick in range(400):
-        if tick < 25 and chance.random() < 0.7:
+        if tick < 20 and chance.random() < 0.7:
             own = tuple(chance.randrange(VOCAB) for _ in range(chance.randint(0, 12)))
             ids = (chance.choice(beginnings) + own)[:40]
-            limit = chance.choice([1, 4, 16])
-            number = it.add(Request(ids, greedy(limit), chance.choice("ab")))
-            asked[number] = ids, limit
+            limit = {"max_new_tokens": chance.choice([1, 4, 16])}
+            sampling = chance.choice(KINDS).over(limit)
+            number = it.add(Request(ids, sampling, chance.choice("ab")))
+            asked[number] = ids, sampling
             found[number] = []
         if asked and chance.random() < 0.1:
             gone = chance.choice(list(asked))
@@ -84,16 +104,20 @@ def test_greedy_ids_whatever_happens(story: dict[str, int]) -> None:
                 del asked[gone]
             it.abort(gone)
         for output in it.step():
+            if isinstance(output, Scores):
+                assert found[output.request] == []
+                assert len(output.logprobs) == len(asked[output.request][0]) - 1
+                continue
             assert isinstance(output, Token)
             found[output.request].append(output.id)
             if output.finish:
                 done.add(output.request)
         it.scheduler.check()
-        if tick > 25 and not it.busy:
+        if tick > 20 and not it.busy:
             break
     assert set(asked) == done
-    for number, (ids, limit) in asked.items():
-        assert found[number] == plain_answer(ids, limit)
+    for number, (ids, sampling) in asked.items():
+        assert found[number] == plain_choice(ids, sampling)
     assert it.pages.available == it.pages.count
 
 
@@ -131,17 +155,33 @@ def test_rope_that_follows_the_length_does_so_however_prompts_are_cut() -> None:
 
 
 def test_pages_come_back_after_a_thousand_aborts() -> None:
-    it = engine(kv_tokens=256, page_size=4)
+    """While they wait, in the middle of their prompts, while they decode, and after their end."""
+    it = engine(kv_tokens=256, page_size=4, step_tokens=9, max_running=5)
     chance = random.Random(0)
     live: list[int] = []
+    moments: Counter[str] = Counter()
+
+    def abort(number: int) -> None:
+        generation = it._generations.get(number)
+        if generation is None:
+            moments["ended"] += 1
+        elif generation.table is None:
+            moments["waiting"] += 1
+        else:
+            moments["prompt" if generation.missing > 1 else "decoding"] += 1
+        it.abort(number)
+
     for ids in prompts(1000, seed=4, most=30):
         live.append(it.add(Request(ids, greedy(20), chance.choice("abc"))))
-        if chance.random() < 0.25:
+        for _ in range(chance.choice([0, 0, 0, 1, 2])):
             it.step()
-        if len(live) > 3:
-            it.abort(live.pop(chance.randrange(len(live))))
+        if len(live) > chance.randint(0, 8):
+            abort(live.pop(chance.randrange(len(live))))
+            it.scheduler.check()
     for number in live:
-        it.abort(number)
+        abort(number)
+    assert moments.total() == 1000
+    assert all(moments[moment] > 50 for moment in ("waiting", "prompt", "decoding")), moments
     it.scheduler.check()
     assert it.pages.available == it.pages.count == 64
     assert not it.busy

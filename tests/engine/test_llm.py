@@ -1,5 +1,6 @@
 """LLM: batches answer as solo, streams join, stops and limits hold, greedy as transformers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_in_bf16_too(folder: Path) -> None:
     prompts = [*PROMPTS, "a b " * 40, "The 1 " * 20]
     together = small.generate(prompts * 3, many)
     assert together == [small.generate(prompt, many) for prompt in prompts] * 3
+
+
+def test_32_threads_get_their_solo_answers(llm: LLM) -> None:
+    """Each asks for another text, half of them piece by piece."""
+    prompts = [f"{PROMPTS[number % 6]} {number}" for number in range(32)]
+    alone = [llm.generate(prompt, GREEDY).text for prompt in prompts]
+
+    def ask(number: int) -> str:
+        if number % 2:
+            return llm.generate(prompts[number], GREEDY).text
+        return "".join(piece.text for piece in llm.stream(prompts[number], GREEDY))
+
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(ask, range(32))) == alone
+    assert len(set(alone)) > 16
+    assert llm.engine.pages.available == llm.engine.pages.count
 
 
 def test_streams_join_to_the_answer(llm: LLM) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.data import ROOT
+from tests.engine.exact import check_answer, check_labels
 from xverse import LLM, Sampling, XverseError
 from xverse.checkpoint.resolve import resolve
 from xverse.model.cache import Packed
@@ -87,6 +88,13 @@ def test_greedy_text_of_20_prompts(llm: LLM, theirs: torch.nn.Module) -> None:
             )[0, ids.shape[1] :].tolist()
         assert list(answer.tokens) == expected, prompt
         assert answer.text == llm.tokenizer.decode(expected)
+
+
+def test_logprobs_of_prompts_answers_and_labels(llm: LLM, theirs: torch.nn.Module) -> None:
+    for prompt in PROMPTS[1:3]:
+        check_answer(llm, theirs, prompt)
+    labels = [" a large city in Europe.", " wonderful, thank you!", " 北京的天气"]
+    check_labels(llm, theirs, "The capital of France is", labels)
 
 
 def test_it_knows_the_capital_of_france(gguf_file: Path) -> None:

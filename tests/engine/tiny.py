@@ -42,7 +42,12 @@ def greedy(max_tokens: int) -> Sampling:
     return Sampling(max_tokens=max_tokens, temperature=0.0).over({})
 
 
-@cache
 def plain_answer(prompt: tuple[int, ...], max_tokens: int) -> Sequence[int]:
     """The greedy ids of the plain decoder, alone."""
-    return [t.id for t in decode(tiny_decoder(), [prompt], [greedy(max_tokens)])]
+    return plain_choice(prompt, greedy(max_tokens))
+
+
+@cache
+def plain_choice(prompt: tuple[int, ...], sampling: Sampling) -> Sequence[int]:
+    """The ids that the plain decoder chooses, alone."""
+    return [t.id for t in decode(tiny_decoder(), [prompt], [sampling])]
