@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="Triton is not installed, and its interpreter is the test")
 
 from xverse.kernels import attend_triton, multiply_triton
-from xverse.kernels.multiply_triton import Tile
+from xverse.kernels.tiles import Tile
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -44,22 +44,8 @@ def test_one_row(dtype: torch.dtype, weight_in_fp32: bool | None, gated: bool, t
     for bias in (None, seeded(26, dtype=dtype)):
         for residual in (None, seeded(1, outputs, dtype=dtype)):
             args = {"norm": norm, "bias_N": bias, "residual_TN": residual, "gated": gated}
-            fast = multiply_triton.multiply_rows(x, weight, **args, tile=tile)
+            fast = multiply_triton.one_row(x, weight, **args, tile=tile)
             assert close(fast, reference.multiply_rows(x, weight, **args))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [2, 7, 16])
-@pytest.mark.parametrize("gated", [False, True])
-def test_some_rows(dtype: torch.dtype, tokens: int, gated: bool) -> None:
-    x, weight = seeded(tokens, 72, dtype=dtype), seeded(26, 72, dtype=dtype) / 8
-    residual = seeded(tokens, 13 if gated else 26, dtype=dtype)
-    norm = Norm(1 + seeded(72, dtype=dtype) / 4, 1e-5, weight_in_fp32=True)
-    args = {"norm": norm, "bias_N": seeded(26, dtype=dtype), "residual_TN": residual}
-    fast = multiply_triton.multiply_rows(
-        x, weight, **args, gated=gated, tile=Tile(16, 32, stages=2)
-    )
-    assert close(fast, reference.multiply_rows(x, weight, **args, gated=gated))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,10 +9,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
-    products, attention = dispatch.table(CPU, torch.bfloat16)
-    assert products.call is reference.multiply_rows
-    assert attention.call is reference.rotate_store_attend
-    assert "this is cpu" in str(products)
+    calls = [choice.call for choice in dispatch.table(CPU, torch.bfloat16)]
+    assert calls == [
+        reference.multiply_rows,
+        reference.add_rows,
+        reference.embed_rows,
+        reference.rotate_store_attend,
+        reference.add_norm,
+        reference.swiglu_joined,
+    ]
+    assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,7 @@ def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
-    choice = dispatch.multiply_rows(CUDA, torch.bfloat16, 17)
+    choice = dispatch.multiply_rows(CUDA, torch.bfloat16, 65)
     assert choice.call is reference.multiply_rows
-    assert "17 tokens" in choice.reason
+    assert "65 tokens" in choice.reason
     assert not caplog.records

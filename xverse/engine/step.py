@@ -1,8 +1,9 @@
 """IDS -> LOGITS, ONE TOKEN EACH. A decode step of a dense decoder by the fused kernels.
 
 Five operations a layer: norm + q, k, v; rope + store + attention; output + residual; norm + gate
-and up + SwiGLU; down + residual. Memory and inputs stay in place, so that the step can be captured
-as a CUDA graph. The decoder itself is not touched, and what computes each operation is chosen in
+and up + SwiGLU; down + residual; for many sequences the parts around products stand alone
+(`residual.py`). Memory and inputs stay in place, so that the step can be captured as a CUDA graph.
+The decoder itself is not touched, and what computes each operation is chosen in
 `kernels/dispatch.py`; on a CPU that is the plain reference.
 """
 
@@ -10,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from xverse.engine.residual import Residual, products
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference
 from xverse.kernels.reference import Norm
@@ -43,7 +44,7 @@ class DecodeStep:
         tokens, device = len(pages), weight.device
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.multiply = dispatch.multiply_rows(device, weight.dtype, tokens).call
+        self.products = products(device, weight.dtype, tokens)
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         self.attend = dispatch.rotate_store_attend(
@@ -56,18 +57,20 @@ class DecodeStep:
     def __call__(self) -> Tensor:
         """Logits [T, V] of `ids` at `positions`; their keys and values are kept."""
         stack = self.decoder.model
-        x_TD = functional.embedding(self.ids, stack.embed_tokens.weight)
+        stream = self.products.embed(self.ids, stack.embed_tokens.weight)
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
-            x_TD = self._block(layer, block, x_TD)
+            stream = self._block(layer, block, stream)
         head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
-        return self.multiply(x_TD, head.weight, norm=_norm(stack.norm))
+        logits, _ = self.products.read(stream, _norm(stack.norm), head.weight)
+        return logits
 
-    def _block(self, layer: int, block: Block, x_TD: Tensor) -> Tensor:
+    def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, FusedAttention)
         assert isinstance(mlp, FusedFeedForward)
-        qkv = self._linear(attention.qkv_proj, x_TD, norm=_norm(block.input_layernorm))
+        project, norm = attention.qkv_proj, _norm(block.input_layernorm)
+        qkv, stream = self.products.read(stream, norm, project.weight, project.bias)
         mixed = self.attend(
             qkv,
             self.cos_SE,
@@ -77,23 +80,10 @@ class DecodeStep:
             self.keys[layer],
             self.values[layer],
         )
-        x_TD = self._linear(attention.o_proj, mixed, residual_TN=x_TD)
-        norm = _norm(block.post_attention_layernorm)
-        inner = self._linear(mlp.gate_up_proj, x_TD, norm=norm, gated=True)
-        return self._linear(mlp.down_proj, inner, residual_TN=x_TD)
-
-    def _linear(
-        self,
-        linear: Linear,
-        x_TD: Tensor,
-        *,
-        norm: Norm | None = None,
-        residual_TN: Tensor | None = None,
-        gated: bool = False,
-    ) -> Tensor:
-        return self.multiply(
-            x_TD, linear.weight, bias_N=linear.bias, norm=norm, residual_TN=residual_TN, gated=gated
-        )
+        stream = self.products.add(mixed, attention.o_proj.weight, attention.o_proj.bias, stream)
+        project, norm = mlp.gate_up_proj, _norm(block.post_attention_layernorm)
+        inner, stream = self.products.read(stream, norm, project.weight, project.bias, gated=True)
+        return self.products.add(inner, mlp.down_proj.weight, mlp.down_proj.bias, stream)
 
     def capture(self, then: Callable[[Tensor], None] | None = None) -> Callable[[], Tensor]:
         """The step as a CUDA graph, followed by `then` (sampling, say); call it to run the step.

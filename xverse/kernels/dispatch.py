@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from xverse.kernels import reference
-from xverse.kernels.multiply import ROWS
+from xverse.kernels.tiles import MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
@@ -23,30 +23,40 @@ class Choice:
     operation: str
     implementation: str
     reason: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
 
     def __str__(self) -> str:
         return f"{self.operation}: {self.implementation} ({self.reason})"
 
 
 def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
-    """The function with the signature of `reference.multiply_rows`, for steps of `rows` tokens."""
+    """The function in the place of `reference.multiply_rows`, for steps of `rows` tokens."""
     operation = "products of a decode step"
-    why_not = _why_no_triton(device, dtype)
-    if why_not:
-        return _plain(operation, reference.multiply_rows, device, why_not)
-    if rows > ROWS:
-        why = f"{rows} tokens; the kernels that stream weights serve {ROWS} at most"
+    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
-    from xverse.kernels import multiply_triton
+    return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
 
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    return Choice(
-        operation,
-        "Triton, fused with norm, SwiGLU and residual" + ", dependent launch" * pdl,
-        f"{dtype} on CUDA, at most {ROWS} tokens",
-        partial(multiply_triton.multiply_rows, pdl=pdl),
-    )
+
+def add_rows(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.add_rows`, for steps of up to MOST_ROWS tokens."""
+    operation = "products onto the residual stream"
+    return _product(operation, "add_rows", "residual and its squares", device, dtype)
+
+
+def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.embed_rows`."""
+    return _one_pass("embedding of a decode step", "embed_rows", device, dtype)
+
+
+def add_norm(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.add_norm`, for any number of tokens."""
+    return _one_pass("residual and norm of many tokens", "add_norm", device, dtype)
+
+
+def swiglu_joined(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.swiglu_joined`, for any number of tokens."""
+    return _one_pass("SwiGLU of many tokens", "swiglu_joined", device, dtype)
 
 
 def rotate_store_attend(
@@ -78,10 +88,53 @@ def rotate_store_attend(
 
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
-    return [multiply_rows(device, dtype), rotate_store_attend(device, dtype)]
+    return [
+        multiply_rows(device, dtype),
+        add_rows(device, dtype),
+        embed_rows(device, dtype),
+        rotate_store_attend(device, dtype),
+        add_norm(device, dtype),
+        swiglu_joined(device, dtype),
+    ]
 
 
-def _plain(operation: str, call: Callable[..., Tensor], device: torch.device, why: str) -> Choice:
+def _product(
+    operation: str, name: str, fused: str, device: torch.device, dtype: torch.dtype
+) -> Choice:
+    """A product by the kernels that stream weights; it holds memory of its own, see Scratch."""
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, getattr(reference, name), device, why_not)
+    from xverse.kernels import multiply_rows_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        f"Triton, fused with {fused}" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {MOST_ROWS} tokens; above, cuBLAS",
+        partial(
+            getattr(multiply_rows_triton, name), scratch=multiply_rows_triton.Scratch(), pdl=pdl
+        ),
+    )
+
+
+def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What stands between products, by a kernel that reads and writes memory once."""
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, getattr(reference, name), device, why_not)
+    from xverse.kernels import between_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, in one pass" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA",
+        partial(getattr(between_triton, name), pdl=pdl),
+    )
+
+
+def _plain(operation: str, call: Callable[..., Any], device: torch.device, why: str) -> Choice:
     if device.type == "cuda":
         warn_once(f"{operation}: plain PyTorch, since {why}.")
     return Choice(operation, "plain PyTorch, the reference", why, call)

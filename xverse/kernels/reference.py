@@ -20,14 +20,26 @@ class Norm(NamedTuple):
     weight_in_fp32: bool
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, weight_in_fp32: bool) -> Tensor:
+def rms_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    weight_in_fp32: bool,
+    squares_TP: Tensor | None = None,
+) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019, eq. 4), variance in fp32, result in x's dtype.
 
     `weight_in_fp32`: the dense XVERSE models multiply by the weight before rounding to x's dtype,
-    Llama and the mixture-of-experts XVERSE after it.
+    Llama and the mixture-of-experts XVERSE after it. `squares_TP`: parts of each token's sum of
+    squares, where whoever made x has summed them already.
     """
     x = x_TD.float()
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    if squares_TP is None:
+        mean = x.square().mean(-1, keepdim=True)
+    else:
+        mean = squares_TP.sum(-1, keepdim=True) / x.shape[-1]
+    normed = x * torch.rsqrt(mean + eps)
     if weight_in_fp32:
         return (weight_D.float() * normed).to(x_TD.dtype)
     return weight_D * normed.to(x_TD.dtype)
@@ -43,6 +55,23 @@ def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """SwiGLU's inner product silu(gate) * up (Shazeer 2020), all in the inputs' dtype."""
     return functional.silu(gate_TF) * up_TF
+
+
+def swiglu_joined(joined_TF2: Tensor) -> Tensor:
+    """`swiglu` of gate and up as one projection gives them, gate first. [T, 2F] -> [T, F]."""
+    return swiglu(*joined_TF2.chunk(2, dim=-1))
+
+
+def add_norm(x_TD: Tensor, residual_TD: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The residual stream with x added, rounded, and its RMSNorm; without one, x and its norm."""
+    sum_TD = x_TD if residual_TD is None else residual_TD + x_TD
+    return sum_TD, rms_norm(sum_TD, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
+
+
+def embed_rows(ids_T: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `ids` of the table, and the sums of their squares, [T, 1] in fp32."""
+    x_TD = functional.embedding(ids_T, table_VD)
+    return x_TD, x_TD.float().square().sum(-1, keepdim=True)
 
 
 def attend(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
@@ -81,22 +110,32 @@ def multiply_rows(
     weight_ND: Tensor,
     *,
     norm: Norm | None = None,
+    squares_TP: Tensor | None = None,
     bias_N: Tensor | None = None,
     residual_TN: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
     """x @ weight.T of a few tokens, with what stands before and after it in a block. -> [T, N].
 
-    First RMSNorm of x, if given; the sum in fp32, rounded; the bias added; if `gated`, the upper
+    First RMSNorm of x, if given, see `rms_norm`; the sum in fp32, rounded; the bias added; if `gated`, the upper
     half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2]; then the residual
     added. Each step rounds to x's dtype, as the plain decoder does.
     """
     if norm is not None:
-        x_TD = rms_norm(x_TD, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
+        weight_D, eps, in_fp32 = norm
+        x_TD = rms_norm(x_TD, weight_D, eps, weight_in_fp32=in_fp32, squares_TP=squares_TP)
     y_TN = functional.linear(x_TD, weight_ND, bias_N)
     if gated:
-        y_TN = swiglu(*y_TN.chunk(2, dim=-1))
+        y_TN = swiglu_joined(y_TN)
     return y_TN if residual_TN is None else residual_TN + y_TN
+
+
+def add_rows(
+    x_TD: Tensor, weight_ND: Tensor, residual_TN: Tensor, *, bias_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with x @ weight.T added, and the sums of its squares, [T, 1] in fp32."""
+    y_TN = multiply_rows(x_TD, weight_ND, bias_N=bias_N, residual_TN=residual_TN)
+    return y_TN, y_TN.float().square().sum(-1, keepdim=True)
 
 
 def rotate_store_attend(
