@@ -8,6 +8,9 @@ from torch import Tensor
 
 from xverse.engine.request import Sampling
 from xverse.errors import XverseError
+from xverse.kernels.reference_sample import choose_row
+
+DRAWN_AT_ONCE = 32  # random numbers; one by one each takes 2 us more
 
 
 class Sampler:
@@ -23,6 +26,7 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
+        self._points: list[float] = []
 
     @property
     def greedy(self) -> bool:
@@ -43,20 +47,29 @@ class Sampler:
     def choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None = None) -> int:
         """The next token after `seen`, from its logits [V]; the answer's own part of `seen` begins
         at `start`, by default at its end."""
-        temperature = self.sampling.temperature
-        if self._changes or temperature != 0.0:
-            logits_V = logits_V.float()
         if self._changes:
-            logits_V = self._changed(logits_V, seen, seen[start:] if start is not None else ())
-        if temperature is None or temperature == 0.0:
-            best = logits_V.argmax()
-            _refuse_nan(logits_V[best])
-            return int(best)
-        probabilities = self._probabilities(logits_V / temperature)
-        point = torch.rand((), generator=self.generator, dtype=torch.float64)
-        sums = probabilities.double().cpu().cumsum(0)
-        _refuse_nan(sums[-1])
-        return int(torch.searchsorted(sums, point * sums[-1], right=True).clamp(max=len(sums) - 1))
+            answer = seen[start:] if start is not None else ()
+            logits_V = self._changed(logits_V.float(), seen, answer)
+        options, temperature = self.sampling, self.sampling.temperature or 0.0
+        id = choose_row(
+            logits_V,
+            temperature,
+            options.top_k or 0,
+            1.0 if options.top_p is None else options.top_p,
+            options.min_p or 0.0,
+            self.point() if temperature else 0.0,
+        )
+        if id < 0:
+            raise not_a_number()
+        return id
+
+    def point(self) -> float:
+        """The next of this request's own random numbers, from 0 to 1: one for each choice that is
+        not greedy. They are the same however many are drawn at once."""
+        if not self._points:
+            drawn = torch.rand(DRAWN_AT_ONCE, generator=self.generator, dtype=torch.float64)
+            self._points = drawn.flip(0).tolist()
+        return self._points.pop()
 
     def _changed(self, logits_V: Tensor, seen: Sequence[int], answer: Sequence[int]) -> Tensor:
         options = self.sampling
@@ -73,21 +86,6 @@ class Sampler:
                 logits_V, {id: -presence - frequency * count for id, count in counts.items()}
             )
         return logits_V
-
-    def _probabilities(self, scores_V: Tensor) -> Tensor:
-        top_k, top_p, min_p = self.sampling.top_k, self.sampling.top_p, self.sampling.min_p
-        if top_k:
-            scores_V = keep_top_k(scores_V, top_k)
-        if top_p is not None and top_p < 1.0:
-            scores_V = keep_top_p(scores_V, top_p)
-        if min_p:
-            scores_V = keep_min_p(scores_V, min_p)
-        return scores_V.softmax(-1)
-
-
-def _refuse_nan(value: Tensor) -> None:
-    if value.isnan():
-        raise not_a_number()
 
 
 def not_a_number() -> XverseError:
@@ -120,23 +118,3 @@ def penalize_repetition(logits_V: Tensor, seen: Sequence[int], penalty: float) -
     ids = torch.tensor(list(set(seen)), dtype=torch.int64, device=logits_V.device)
     old = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(old < 0, old * penalty, old / penalty))
-
-
-def keep_top_k(scores_V: Tensor, top_k: int) -> Tensor:
-    """Minus infinity for all but the `top_k` best; ties with the last of them stay."""
-    least = scores_V.topk(min(top_k, len(scores_V))).values[-1]
-    return scores_V.masked_fill(scores_V < least, float("-inf"))
-
-
-def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest best tokens whose probabilities reach `top_p` (Holtzman et al. 2019)."""
-    ascending, order = scores_V.sort(stable=True)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    out[-1] = False  # one token always stays
-    return scores_V.masked_fill(torch.empty_like(out).scatter(0, order, out), float("-inf"))
-
-
-def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:
-    """Keep tokens at least `min_p` times as likely as the likeliest."""
-    probabilities = scores_V.softmax(-1)
-    return scores_V.masked_fill(probabilities < min_p * probabilities.max(), float("-inf"))
