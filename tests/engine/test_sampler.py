@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from xverse.engine import sampler
-from xverse.kernels import reference_sample
 from xverse.engine.request import Sampling
 from xverse.engine.sampler import Sampler
 from xverse.errors import XverseError
+from xverse.kernels import reference_sample
 
 transformers = pytest.importorskip("transformers")
 process = transformers.generation.logits_process

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference
+from xverse.kernels import dispatch, reference, reference_sample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
-    products, attention = dispatch.table(CPU, torch.bfloat16)
+    products, attention, *choosing = dispatch.table(CPU, torch.bfloat16)
     assert products.call is reference.multiply_rows
     assert attention.call is reference.rotate_store_attend
     assert "this is cpu" in str(products)
+    names = ("best_rows", "sample_rows", "mask_rows", "penalize_rows", "count_rows")
+    assert [choice.call for choice in choosing] == [getattr(reference_sample, n) for n in names]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def _threshold(
         source, count, temperature, best, target, target, low, high, from_low, few,
         COUNTING, WHOLE, BLOCK,
     )  # fmt: skip
-    if WHOLE:
+    if WHOLE:  # noqa: SIM102 (known when this is compiled, and the next is not)
         if (high - low > 1) & (from_low > target):
             inside = gather(
                 logits, groups_ptr, hot, listed, listed_ids, vocab, groups, temperature,
@@ -113,7 +113,8 @@ def _draw(
             floor = number_of(low)
             needed = tl.maximum(tl.ceil((target - above) / tl.exp(floor - best)), 1.0)
             _, _, ties = walk(
-                source, start, count, temperature, best, floor, 0, 0.0, zero, float("inf"), True, WHOLE, BLOCK,
+                source, start, count, temperature, best, floor, 0, 0.0, zero, float("inf"),
+                True, WHOLE, BLOCK,
             )  # fmt: skip
             if needed < ties:
                 cut = find(

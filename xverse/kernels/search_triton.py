@@ -155,8 +155,8 @@ def _kept(
     source, start, last, temperature, best, threshold, cut, min_p,
     TIES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights of the block from `start`: of what is above the threshold, or equal to it at `cut` or later; and at least
-    `min_p`. With TIES: 1 for each that equals the threshold."""
+    """Weights of the block from `start`: of what is above the threshold, or equal to it at `cut`
+    or later; and at least `min_p`. With TIES: 1 for each that equals the threshold."""
     offset = tl.arange(0, BLOCK)
     inside = offset < last - start
     x = _scores(source + start + offset, inside, temperature, WHOLE)
