@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference
+from xverse.kernels import dispatch, reference, reference_sample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -17,6 +17,11 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.rotate_store_attend,
         reference.add_norm,
         reference.swiglu_joined,
+        reference_sample.best_rows,
+        reference_sample.sample_rows,
+        reference_sample.mask_rows,
+        reference_sample.penalize_rows,
+        reference_sample.count_rows,
     ]
     assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
 
