@@ -17,6 +17,8 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.rotate_store_attend,
         reference.add_norm,
         reference.swiglu_joined,
+        reference.rotate_store,
+        reference.attend_chunks,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,

@@ -69,7 +69,9 @@ class CapturedSteps:
         static_3B = torch.zeros(3, size, dtype=torch.int32, device=device)
         static_3B[0] = len(self.latest_S) - 1
         pages = self.tables_SP[static_3B[0]]
-        step = DecodeStep(self.decoder, list(self.kv.keys), list(self.kv.values), pages)
+        keys, values = list(self.kv.keys), list(self.kv.values)
+        scales = [self.kv.scales(layer) for layer in range(len(keys))]
+        step = DecodeStep(self.decoder, keys, values, pages, scales)
 
         def run() -> Tensor:
             slots_B, positions_B, ids_B = static_3B

@@ -217,7 +217,7 @@ def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Cho
             elif count is None:
                 found.append(Chosen(id))
             else:
-                pairs = zip(top_ids[row][:count], top_logprobs[row][:count], strict=True)
+                pairs = zip(top_ids[row][:count], top_logprobs[row][:count]) if count else ()
                 found.append(Chosen(id, logprobs[row], tuple(pairs)))
         return found
 

@@ -188,9 +188,7 @@ class Paged:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
-def _gather(
-    pages: Tensor, scales: Tensor | None, tables_BP: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _gather(pages: Tensor, scales: Tensor | None, tables_BP: Tensor, dtype: torch.dtype) -> Tensor:
     """The pages of B sequences as they are computed with, [B, K, P * S, E] in `dtype`."""
     if scales is None:
         return gather_pages(pages, tables_BP)

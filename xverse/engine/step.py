@@ -15,7 +15,7 @@ from torch import Tensor
 from xverse.engine.residual import Residual, products
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference
-from xverse.kernels.reference import Norm
+from xverse.kernels.reference import Norm, Scales
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear
@@ -26,11 +26,17 @@ class DecodeStep:
     """One new token for each of T sequences whose pages are given.
 
     Write `ids` [T] (int64) and `positions` [T] (int32), then call it: logits [T, V]. `pages` [T, P]
-    (int32) lists each sequence's pages of `keys` and `values`, one [pages, K, S, E] a layer.
+    (int32) lists each sequence's pages of `keys` and `values`, one [pages, K, S, E] a layer; fp8
+    ones have `scales`.
     """
 
     def __init__(
-        self, decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor], pages: Tensor
+        self,
+        decoder: Decoder,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        pages: Tensor,
+        scales: Sequence[Scales | None] | None = None,
     ) -> None:
         why_not = unfit(decoder)
         if why_not:
@@ -40,6 +46,7 @@ class DecodeStep:
                 "Call the decoder itself, which computes every model.",
             )
         self.decoder, self.keys, self.values, self.pages = decoder, keys, values, pages
+        self.scales = scales or [None] * len(keys)
         weight = decoder.model.embed_tokens.weight
         tokens, device = len(pages), weight.device
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -48,7 +55,13 @@ class DecodeStep:
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         self.attend = dispatch.rotate_store_attend(
-            device, weight.dtype, tokens, heads, kv_heads, shape.head_dim
+            device,
+            weight.dtype,
+            tokens,
+            heads,
+            kv_heads,
+            shape.head_dim,
+            fp8=self.scales[0] is not None,
         ).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, weight.dtype)
@@ -79,6 +92,7 @@ class DecodeStep:
             self.pages,
             self.keys[layer],
             self.values[layer],
+            self.scales[layer],
         )
         stream = self.products.add(mixed, attention.o_proj.weight, attention.o_proj.bias, stream)
         project, norm = mlp.gate_up_proj, _norm(block.post_attention_layernorm)

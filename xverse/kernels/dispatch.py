@@ -67,6 +67,8 @@ def rotate_store_attend(
     heads: int = 1,
     kv_heads: int = 1,
     head_dim: int = 64,
+    *,
+    fp8: bool = False,
 ) -> Choice:
     """The function in the place of `reference.rotate_store_attend`, for a step of these sizes.
 
@@ -78,13 +80,23 @@ def rotate_store_attend(
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    scratch = attend_triton.Scratch.reserve(rows, heads, kv_heads, head_dim, device)
+    scratch = attend_triton.Scratch.reserve(rows, heads, kv_heads, head_dim, device, fp8=fp8)
     return Choice(
         "attention of a decode step",
         "Triton, paged, in parts, fused with rope and store" + ", dependent launch" * pdl,
         f"{dtype} on CUDA",
         partial(attend_triton.rotate_store_attend, scratch=scratch, pdl=pdl),
     )
+
+
+def rotate_store(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.rotate_store`, for any number of tokens."""
+    return _chunks("rope and store of prompts", "rotate_store", device, dtype)
+
+
+def attend_chunks(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.attend_chunks`."""
+    return _chunks("attention of prompts", "attend_chunks", device, dtype)
 
 
 def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
@@ -141,6 +153,8 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         rotate_store_attend(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
+        rotate_store(device, dtype),
+        attend_chunks(device, dtype),
         *(choice(device) for choice in choosing),
     ]
 
@@ -173,6 +187,16 @@ def _product(
             getattr(multiply_rows_triton, name), scratch=multiply_rows_triton.Scratch(), pdl=pdl
         ),
     )
+
+
+def _chunks(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What chunks of prompts need of the paged cache."""
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, getattr(reference, name), device, why_not)
+    from xverse.kernels import chunks_triton
+
+    return Choice(operation, "Triton, paged", f"{dtype} on CUDA", getattr(chunks_triton, name))
 
 
 def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:

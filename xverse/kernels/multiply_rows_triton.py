@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xverse.kernels.between_triton import add_norm
 from xverse.kernels.multiply_triton import one_row, rounded, rounding, swiglu, wait_for_input
 from xverse.kernels.reference import Norm
-from xverse.kernels.between_triton import add_norm
 from xverse.kernels.tiles import NORM_ON_LOAD, RowsTile, block_of_rows, choose_rows_tile
 
 
