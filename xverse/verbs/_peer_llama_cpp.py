@@ -9,11 +9,10 @@ import torch
 from llama_cpp import Llama
 
 from xverse.engine.request import Request, Token
-from xverse.model.decoder import Decoder
 from xverse.verbs._peers import Subject
 
 
-def open_peer(subject: Subject, decoder: Decoder) -> "LlamaCppPeer":
+def open_peer(subject: Subject) -> "LlamaCppPeer":
     """The file, opened anew: llama.cpp computes with its packed blocks as they are."""
     return LlamaCppPeer(subject)
 

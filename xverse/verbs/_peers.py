@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,19 +17,11 @@ if TYPE_CHECKING:
     from xverse.model.shape import ModelShape
 
 PeerName = Literal["transformers", "vllm", "llama.cpp"]
-# What is imported, where the adapter is, and how to get the library.
-LIBRARIES: dict[str, tuple[str, str, str]] = {
-    "transformers": (
-        "transformers",
-        "xverse.verbs._peer_transformers",
-        'pip install "xverse-llm[hf]"',
-    ),
-    "vllm": ("vllm", "xverse.verbs._peer_vllm", "pip install vllm"),
-    "llama.cpp": (
-        "llama_cpp",
-        "xverse.verbs._peer_llama_cpp",
-        'pip install "llama-cpp-python>=0.3.16"',
-    ),
+# What is imported, and how to get it.
+LIBRARIES: dict[str, tuple[str, str]] = {
+    "transformers": ("transformers", 'pip install "xverse-llm[hf]"'),
+    "vllm": ("vllm", "pip install vllm"),
+    "llama.cpp": ("llama_cpp", 'pip install "llama-cpp-python>=0.3.16"'),
 }
 
 
@@ -66,7 +57,7 @@ class Peer(Protocol):
 
 def check_peer(name: str, subject: Subject) -> None:
     """XverseError where the library is not here, or cannot answer with this model as we do."""
-    library, _, install = LIBRARIES[name]
+    library, install = LIBRARIES[name]
     if find_spec(library) is None:
         raise XverseError(
             f"The peer {name} is not installed.", f"There is no module {library!r}.", install
@@ -81,8 +72,17 @@ def check_peer(name: str, subject: Subject) -> None:
 def open_peer(name: str, subject: Subject, decoder: "Decoder") -> Peer:
     """The peer, its model loaded. `decoder` is ours: peers in this process share its weights."""
     check_peer(name, subject)
-    peer: Peer = import_module(LIBRARIES[name][1]).open_peer(subject, decoder)
-    return peer
+    if name == "transformers":
+        from xverse.verbs import _peer_transformers
+
+        return _peer_transformers.open_peer(subject, decoder)
+    if name == "vllm":
+        from xverse.verbs import _peer_vllm
+
+        return _peer_vllm.open_peer(subject, decoder)
+    from xverse.verbs import _peer_llama_cpp
+
+    return _peer_llama_cpp.open_peer(subject)
 
 
 def _cannot_read(name: str, subject: Subject) -> str | None:

@@ -93,10 +93,11 @@ def benchmark(config: Config) -> Report:
     """Check, then measure. XverseError, before anything is timed, for what cannot be measured."""
     from xverse.engine.footprint import bytes_per_token, copy_bandwidth, footprint
 
-    if config.repeat < 1:
-        raise XverseError(
-            f"--repeat cannot be {config.repeat}.", "It counts rounds.", "Give 1 or more."
-        )
+    for flag, count in (("repeat", config.repeat), ("tensor-parallel", config.tensor_parallel)):
+        if count < 1:
+            raise XverseError(
+                f"--{flag} cannot be {count}.", "It counts rounds or GPUs.", "Give 1 or more."
+            )
     subject, plan = _prepare(config)
     for name in config.peer:
         check_peer(name, subject)
