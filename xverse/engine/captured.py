@@ -1,6 +1,7 @@
 """DECODING ROWS -> LOGITS, ON A GPU. The fused decode step over the pages, as CUDA graphs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class CapturedSteps:
         return static_3B, run
 
 
-def captured(run: Run, pool: tuple[int, int] | None = None) -> Run:
+def captured(run: Run, pool: Any = None) -> Run:
     """The operations of `run` as a CUDA graph. They run twice here before they are captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -207,21 +207,32 @@ def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Cho
     def choices() -> list[Choice]:
         if done is not None:
             done.synchronize()
-        ids, logprobs, top_ids, top_logprobs = (
-            None if copy is None else copy.tolist() for copy in copies
-        )
-        found: list[Choice] = []
-        for row, (id, count) in enumerate(zip(ids, wanted, strict=True)):
-            if id < 0:
-                found.append(not_a_number())
-            elif count is None:
-                found.append(Chosen(id))
-            else:
-                pairs = zip(top_ids[row][:count], top_logprobs[row][:count]) if count else ()
-                found.append(Chosen(id, logprobs[row], tuple(pairs)))
-        return found
+        ids, *others = (None if copy is None else copy.tolist() for copy in copies)
+        assert ids is not None, "something is always chosen"
+        return [_choice(row, id, wanted[row], *others) for row, id in enumerate(ids)]
 
     return choices
+
+
+def _choice(
+    row: int,
+    id: int,
+    wanted: int | None,
+    logprobs: list[float] | None,
+    top_ids: list[list[int]] | None,
+    top_logprobs: list[list[float]] | None,
+) -> Choice:
+    if id < 0:
+        return not_a_number()
+    if wanted is None:
+        return Chosen(id)
+    assert logprobs is not None, "whoever wants log-probabilities gets them"
+    if not wanted:
+        return Chosen(id, logprobs[row])
+    assert top_ids is not None, "whoever wants the best gets them"
+    assert top_logprobs is not None, "and their log-probabilities"
+    pairs = zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)
+    return Chosen(id, logprobs[row], tuple(pairs))
 
 
 def _start_copy(part: Tensor) -> Tensor:

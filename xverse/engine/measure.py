@@ -138,40 +138,17 @@ def measure_throughput(
 
 
 def warm(engine: Engine) -> None:
-    """Run with every number of rows that the engine may have, so that whatever is compiled or
-    captured for a size when it is first met is there before the timing."""
-    shape, most = engine.decoder.shape, engine.options.max_running
-    rows = 1
-    while rows < 2 * most:
-        count = min(rows, most)
-        some = make_requests(count, (4, 4), (3, 3), vocabulary=shape.vocab_size)
+    """Meet every number of rows and some prompts, so that whatever is compiled or captured when it
+    is first met is there before the timing."""
+    engine.prepare()
+    vocabulary, context = engine.decoder.shape.vocab_size, engine.decoder.shape.context_length
+    rows, longest = 1, min(context - 4, engine.step_tokens, engine.capacity - 4)
+    while rows < 2 * engine.max_running:
+        some = make_requests(
+            min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary
+        )
         measure_throughput(engine, apart(some, f"warm {rows}"))
         rows *= 2
-    # Then down from all to none; one of 32 fewer at every step, so that no size is far.
-    left, end, ends = most, 3, []
-    while left:
-        leaving = max(1, left // 32)
-        ends += [min(end, shape.context_length - 4)] * leaving
-        left, end = left - leaving, end + 1
-    falling = [
-        make_requests(1, (4, 4), (end, end), vocabulary=shape.vocab_size, seed=number)[0]
-        for number, end in enumerate(ends)
-    ]
-    measure_throughput(engine, apart(falling, "warm down"))
-
-
-def percentile(values: Iterable[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the values lie, between two by a straight line."""
-    ordered = sorted(values)
-    assert ordered, "there is something to rank"
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-
-def _counted(steps: Steps) -> tuple[int, ...]:
-    """How often so far: preemptions, and tokens that were found instead of computed."""
-    if not isinstance(steps, Engine):
-        return ()
-    return steps.scheduler.preempted, steps.scheduler.reused_tokens
+    for tokens in {longest, min(longest, 512)}:
+        some = make_requests(1, (tokens, tokens), (2, 2), vocabulary=vocabulary)
+        measure_throughput(engine, apart(some, f"warm prompt {tokens}"))

@@ -138,7 +138,8 @@ def _some_rows(
 ):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: program (tile of outputs, split of inputs).
 
-    A split takes EACH inputs, a multiple of BLOCK_D. PARTS sums of squares of every token give its norm's scale.
+    A split takes EACH inputs, a multiple of BLOCK_D. PARTS sums of squares of every token give the
+    scale of its norm.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile * BLOCK_N

@@ -164,7 +164,7 @@ def _attend_parts(
     seen: Sequence[int],
     scales: Scales | None,
 ) -> Tensor:
-    """The last rows of each sequence of `seen` tokens, one after another. -> [offsets[-1], H, E]."""
+    """The last rows of each sequence of `seen` tokens, joined. -> [offsets[-1], H, E]."""
     mixed = [q_THE[:0]]
     for (start, stop), table_P, tokens in zip(pairwise(offsets), tables_BP, seen, strict=True):
         used_P = table_P[: -(-tokens // keys_PKSE.shape[2])].long()
@@ -189,9 +189,9 @@ def multiply_rows(
 ) -> Tensor:
     """x @ weight.T of a few tokens, with what stands before and after it in a block. -> [T, N].
 
-    First RMSNorm of x, if given, see `rms_norm`; the sum in fp32, rounded; the bias added; if `gated`, the upper
-    half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2]; then the residual
-    added. Each step rounds to x's dtype, as the plain decoder does.
+    First RMSNorm of x, if given, see `rms_norm`; the sum in fp32, rounded; the bias added; if
+    `gated`, the upper half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2];
+    then the residual added. Each step rounds to x's dtype, as the plain decoder does.
     """
     if norm is not None:
         weight_D, eps, in_fp32 = norm
