@@ -144,9 +144,7 @@ def warm(engine: Engine) -> None:
     vocabulary, context = engine.decoder.shape.vocab_size, engine.decoder.shape.context_length
     rows, longest = 1, min(context - 4, engine.step_tokens, engine.capacity - 4)
     while rows < 2 * engine.max_running:
-        some = make_requests(
-            min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary
-        )
+        some = make_requests(min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm {rows}"))
         rows *= 2
     for tokens in {longest, min(longest, 512)}:
