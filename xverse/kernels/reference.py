@@ -117,9 +117,9 @@ def multiply_rows(
 ) -> Tensor:
     """x @ weight.T of a few tokens, with what stands before and after it in a block. -> [T, N].
 
-    First RMSNorm of x, if given, see `rms_norm`; the sum in fp32, rounded; the bias added; if `gated`, the upper
-    half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2]; then the residual
-    added. Each step rounds to x's dtype, as the plain decoder does.
+    First RMSNorm of x, if given, see `rms_norm`; the sum in fp32, rounded; the bias added; if
+    `gated`, the upper half of the outputs is gate and the lower is up, and SwiGLU leaves [T, N/2];
+    then the residual added. Each step rounds to x's dtype, as the plain decoder does.
     """
     if norm is not None:
         weight_D, eps, in_fp32 = norm
