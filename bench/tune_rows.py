@@ -34,10 +34,11 @@ STEP_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CONTEXT, PAGE = 200, 16
 
 PLAIN = [(64, 128, 4, 4), (64, 128, 6, 4), (64, 64, 8, 4), (64, 256, 3, 4), (128, 64, 5, 4)]
-PLAIN += [(128, 128, 3, 4), (128, 128, 4, 8), (64, 128, 4, 8)]
+PLAIN += [(128, 128, 3, 4), (128, 128, 4, 8), (64, 128, 4, 8), (128, 64, 5, 8)]
 GATED = [(64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 8)]
 GATED += [(128, 64, 3, 4), (64, 64, 6, 8)]
 COPIED = [(64, 128, 4, 4), (128, 64, 6, 4), (64, 128, 6, 4)]  # by the copy engine
+LATE = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 4, 8)]  # x in the pipeline, norm ahead
 SPLITS = {
     "qkv": (1, 2),
     "o": (1, 2, 3, 4),
@@ -53,15 +54,17 @@ def candidates(name: str, rows: int) -> Iterator[RowsTile]:
     sides = 2 if product.gated else 1
     chosen = choose_rows_tile(rows, product.outputs // sides, product.inputs, gated=product.gated)
     yield chosen
-    copied = [(n, d, max(3, s // sides), w) for n, d, s, w in COPIED]
-    for tma, cuts in ((False, GATED if product.gated else PLAIN), (True, copied)):
+    kinds = [(GATED if product.gated else PLAIN, False, True)]
+    for cuts, tma, early in ((COPIED, True, True), (LATE, False, False), (LATE, True, False)):
+        fewer = [(n, d, max(3, s // sides), w) for n, d, s, w in cuts]
+        kinds.append((list(dict.fromkeys(fewer)), tma, early))
+    for cuts, tma, early in kinds:
         for place, (outputs, inputs, stages, warps) in enumerate(cuts):
-            for splits in SPLITS[name]:
-                tile = RowsTile(outputs, inputs, stages, warps, splits, tma)
-                weights = stages * outputs * inputs * 2 * sides
-                shared = weights + 2 * block_of_rows(rows) * inputs
-                if (place > 1 or tma) and splits in (1, 3) and len(SPLITS[name]) > 3:
-                    continue  # narrow outputs: the first two tell what odd splits are worth
+            tried = SPLITS[name] if place < (3 if early and not tma else 1) else SPLITS[name][:1]
+            for splits in tried:
+                tile = RowsTile(outputs, inputs, stages, warps, splits, tma, early)
+                loads = outputs * sides + (0 if early else block_of_rows(rows))
+                shared = (stages * loads + block_of_rows(rows)) * inputs * 2
                 if tile != chosen and shared <= SHARED:
                     yield tile
 
@@ -81,6 +84,11 @@ def surroundings(product: Product, rows: int, *, ready: bool = True) -> dict[str
     }
 
 
+def for_tile(tile: RowsTile, extra: dict[str, object]) -> dict[str, object]:
+    """A late tile gets no squares: the norm is then a kernel ahead, and its time counts."""
+    return extra if tile.early else extra | {"squares_TP": None}
+
+
 def compile_one(job: tuple[str, int, RowsTile, bool]) -> None:
     """Fill Triton's cache on disk, by a small weight whose kernel is that of the large one."""
     name, rows, tile, ready = job
@@ -89,7 +97,8 @@ def compile_one(job: tuple[str, int, RowsTile, bool]) -> None:
     weight = torch.zeros(small.outputs, small.inputs, dtype=torch.bfloat16, device="cuda")
     x = torch.zeros(rows, small.inputs, dtype=torch.bfloat16, device="cuda")
     try:
-        some_rows(x, weight, tile=tile, pdl=True, **surroundings(small, rows, ready=ready))  # type: ignore[arg-type]
+        extra = for_tile(tile, surroundings(small, rows, ready=ready))
+        some_rows(x, weight, tile=tile, pdl=True, **extra)  # type: ignore[arg-type]
     except Exception as error:  # a tile may ask for more than the chip has; measuring says so too
         print(name, rows, tuple(tile), repr(error)[:100], flush=True)
 
@@ -218,7 +227,7 @@ def weights_of(name: str) -> list[Tensor]:
 def speed_of(name: str, rows: int, tile: RowsTile, weights: list[Tensor]) -> float:
     """Microseconds of one product, after a look at its result."""
     x = torch.randn(rows, PRODUCTS[name].inputs, device="cuda").bfloat16()
-    extra, scratch = surroundings(PRODUCTS[name], rows), Scratch()
+    extra, scratch = for_tile(tile, surroundings(PRODUCTS[name], rows)), Scratch()
     fast, _ = some_rows(x, weights[0], tile=tile, pdl=True, scratch=scratch, **extra)  # type: ignore[arg-type]
     twin = {key: value for key, value in extra.items() if key != "sum_squares"}
     apart = distance(fast, reference.multiply_rows(x, weights[0], **twin))  # type: ignore[arg-type]

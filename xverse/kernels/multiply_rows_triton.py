@@ -133,7 +133,7 @@ def _some_rows(
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EACH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: program (tile of outputs, split of inputs).
 
@@ -146,6 +146,9 @@ def _some_rows(
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
     scale = tl.zeros([ROWS], tl.float32)
+    if not EARLY:
+        wait_for_input(PDL)
+        scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
     for chunk in tl.range(0, EACH // BLOCK_D, num_stages=STAGES):
         start = split * EACH + chunk * BLOCK_D
         now = _weights(
@@ -159,7 +162,7 @@ def _some_rows(
         # The compiler asks for the first STAGES - 1 tiles of weights ahead of the loop, but never
         # for what stands in a branch: so memory is at work before the kernel ahead has ended, and
         # x is read after that. Both branches load, or x would reach the tensor cores scattered.
-        if chunk == 0:
+        if EARLY and chunk == 0:
             wait_for_input(PDL)
             scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
             x = _tokens(x_ptr, norm_ptr, tokens, scale, start, ROWS, BLOCK_D, INPUTS, NORM)
@@ -242,7 +245,7 @@ def some_rows(
         INPUTS=inputs, NORM=rounding(norm), BLOCK_P=max(64, triton.next_power_of_2(parts)),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
         SUM_SQUARES=sum_squares, ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs,
-        EACH=each, SPLITS=splits, STAGES=tile.stages, TMA=tile.tma, PDL=pdl,
+        EACH=each, SPLITS=splits, STAGES=tile.stages, TMA=tile.tma, EARLY=tile.early, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN, squares_out_TP
