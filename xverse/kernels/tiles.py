@@ -59,7 +59,7 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
     Paste what `bench/tune_rows.py` finds here.
     """
     if gated or inputs < 128:
-        tile = RowsTile(outputs=64, inputs=64, stages=6)
+        tile = RowsTile(outputs=64, inputs=64, stages=5)
     elif block_of_rows(tokens) == 64:
         tile = RowsTile(outputs=128, inputs=64, stages=5)
     else:
