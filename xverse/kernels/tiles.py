@@ -20,6 +20,8 @@ class RowsTile(NamedTuple):
 
     `stages`: tiles of weights in shared memory, all but one of them on their way. `splits`:
     programs that share the inputs of a tile and join their sums. `tma`: the copy engine fetches.
+    `early`: weights are asked for before the kernel ahead has ended; otherwise after it, and x
+    comes through shared memory side by side with them.
     """
 
     outputs: int
@@ -28,6 +30,7 @@ class RowsTile(NamedTuple):
     warps: int = 4
     splits: int = 1
     tma: bool = False
+    early: bool = True
 
 
 def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
@@ -56,7 +59,7 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
     Paste what `bench/tune_rows.py` finds here.
     """
     if gated or inputs < 128:
-        tile = RowsTile(outputs=64, inputs=64, stages=6)
+        tile = RowsTile(outputs=64, inputs=64, stages=5)
     elif block_of_rows(tokens) == 64:
         tile = RowsTile(outputs=128, inputs=64, stages=5)
     else:
