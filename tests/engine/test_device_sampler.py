@@ -82,6 +82,20 @@ def alone(options: Sampling, logits_BV: Tensor, masks_BW: Tensor | None = None) 
     return sampler.choose(logits_BV, torch.tensor(slots), [Row(s, 0) for s in slots], masks_BW)
 
 
+def test_what_is_sent_once_is_sent_again_when_it_changes() -> None:
+    sampler, logits_BV = DeviceSampler(1, 3, CPU), torch.tensor([[3.0, 2.0, 1.0]])
+
+    def chosen(answer_tokens: int) -> int:
+        return int(sampler.choose(logits_BV, torch.zeros(1).long(), [Row(0, answer_tokens)]).ids_B)
+
+    options = Sampling(min_tokens=2, stop_ids=(0,), logit_bias={2: 0.5})
+    sampler.enter(0, Sampler(options.over({})), [1])
+    assert [chosen(count) for count in range(4)] == [1, 1, 0, 0]  # held off twice
+    sampler.leave(0)
+    sampler.enter(0, Sampler(Sampling(logit_bias={2: 5.0}).over({})), [1])
+    assert chosen(2) == 2
+
+
 def test_what_is_not_allowed_is_not_chosen_and_other_changes_come_after() -> None:
     logits_BV = seeded(3, VOCAB)
     allowed = [{8, 9}, {31, 32}, set(range(VOCAB))]
