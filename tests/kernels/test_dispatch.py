@@ -1,17 +1,21 @@
 """The table of what computes a decode step, and why."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference
+from xverse.kernels import dispatch, reference, reference_experts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
-    products, attention = dispatch.table(CPU, torch.bfloat16)
+    products, attention, experts, many = dispatch.table(CPU, torch.bfloat16)
     assert products.call is reference.multiply_rows
     assert attention.call is reference.rotate_store_attend
+    assert experts.call is reference_experts.mixture_rows
+    assert many.call is reference_experts.mix_experts
     assert "this is cpu" in str(products)
 
 
@@ -50,3 +54,17 @@ def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
     assert choice.call is reference.multiply_rows
     assert "17 tokens" in choice.reason
     assert not caplog.records
+
+
+def test_experts_that_can_only_be_called_one_by_one_are_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    dispatch.warn_once.cache_clear()
+    choice = dispatch.mix_experts(CUDA, torch.bfloat16, "they are quantized")
+    assert choice.call is reference_experts.mix_experts
+    assert "they are quantized" in caplog.text
+    if importlib.util.find_spec("triton") is not None:
+        choice = dispatch.mix_experts(CUDA, torch.bfloat16)
+        assert choice.call is not reference_experts.mix_experts
