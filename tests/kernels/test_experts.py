@@ -17,10 +17,10 @@ pytest.importorskip("triton", reason="Triton is not installed, and its interpret
 from xverse.kernels import experts_triton, grouped_triton, parts_triton, route_triton
 from xverse.kernels.experts_triton import Tiles
 from xverse.kernels.grouped_triton import Cut
-from xverse.kernels.multiply_triton import Tile
+from xverse.kernels.parts_triton import ExpertTile
 
 HIDDEN, WIDTH, TOP_K = 48, 40, 2  # no multiples of the blocks below
-SMALL = Tile(32, 32, stages=2)
+SMALL = ExpertTile(32, 32, stages=2)
 CUT = Cut(16, SMALL, SMALL)
 
 
@@ -78,13 +78,13 @@ def test_of_equal_scores_the_lower_number_is_chosen_and_none_twice() -> None:
 @pytest.mark.parametrize(
     ("dtype", "shared", "weight_in_fp32", "tile"),
     [
-        (torch.float32, 0, True, Tile(16, 32)),
-        (torch.float32, 2, False, Tile(32, 64)),
-        (torch.float16, 2, True, Tile(16, 32)),
-        (torch.bfloat16, 1, False, Tile(32, 32)),
+        (torch.float32, 0, True, ExpertTile(16, 32)),
+        (torch.float32, 2, False, ExpertTile(32, 64)),
+        (torch.float16, 2, True, ExpertTile(16, 32)),
+        (torch.bfloat16, 1, False, ExpertTile(32, 32)),
     ],
 )
-def test_one_token(dtype: torch.dtype, shared: int, weight_in_fp32: bool, tile: Tile) -> None:
+def test_one_token(dtype: torch.dtype, shared: int, weight_in_fp32: bool, tile: ExpertTile) -> None:
     mixture, norm = mixture_of(5, shared, dtype), norm_of(dtype, weight_in_fp32)
     x = seeded(1, HIDDEN, dtype=dtype)
     fast = experts_triton.mixture_rows(x, mixture, norm, tiles=Tiles(tile, tile))
@@ -118,10 +118,11 @@ def test_experts_that_several_tokens_chose(chosen: list[list[int]]) -> None:
     assert close(fast, reference_experts.mix_experts(x, weights, ids, Plain(stacks)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_token_that_is_not_a_number_stays_alone(tokens: int) -> None:
     mixture, norm = mixture_of(5, 2, torch.float32), norm_of(torch.float32)
-    tiles = Tiles(Tile(16, 32), Tile(16, 32)) if tokens == 1 else Tiles(SMALL, SMALL)
+    tiles = Tiles(ExpertTile(16, 32), ExpertTile(16, 32)) if tokens == 1 else Tiles(SMALL, SMALL)
     x = seeded(tokens, HIDDEN)
     x[0, 7] = float("nan")
     y = experts_triton.mixture_rows(x, mixture, norm, tiles=tiles)

@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from xverse.kernels.multiply import ROWS
-from xverse.kernels.multiply_triton import Tile, _products, _swiglu, wait_for_input
-from xverse.kernels.parts_triton import some_rows, sum_parts, weight_tile
+from xverse.kernels.multiply_triton import _products, _swiglu, wait_for_input
+from xverse.kernels.parts_triton import ExpertTile, some_rows, sum_parts, weight_tile
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_experts import Mixture
 from xverse.kernels.route_triton import Scratch, route_rows, scaled
@@ -28,8 +28,8 @@ from xverse.kernels.route_triton import Scratch, route_rows, scaled
 class Tiles(NamedTuple):
     """How the two products of the experts are cut."""
 
-    gate_up: Tile
-    down: Tile
+    gate_up: ExpertTile
+    down: ExpertTile
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _down_tile(
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
     ALL_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tile `step` of those that one program of `_one_down` reads; zeros after the last."""
+    """ExpertTile `step` of those that one program of `_one_down` reads; zeros after the last."""
     chunks: tl.constexpr = (INPUTS + BLOCK_D - 1) // BLOCK_D
     slot = step // chunks
     place = step % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -226,11 +226,11 @@ def mixture_rows(
 def choose_tiles(tokens: int, hidden: int, width: int) -> Tiles:
     """The cuts that should stream best on an H200; `python -m bench.moe_gpu tune` tries others."""
     if tokens > 1:
-        return Tiles(Tile(64, 128, stages=3), Tile(64, 128, stages=4))
+        return Tiles(ExpertTile(64, 128, stages=3), ExpertTile(64, 128, stages=4))
     return Tiles(_one_row_tile(hidden), _one_row_tile(width))
 
 
-def _one_row_tile(inputs: int) -> Tile:
+def _one_row_tile(inputs: int) -> ExpertTile:
     """The widest block of which the last one along a row is not too empty: 32 weights a thread.
 
     With 8 weights side by side, a row takes all threads, so that each has its x at hand.
@@ -239,10 +239,10 @@ def _one_row_tile(inputs: int) -> Tile:
     fitting = (wide for wide in widths if inputs >= 0.84 * wide * triton.cdiv(inputs, wide))
     width = next(fitting, 128)
     warps = min(4, max(1, width // 256))
-    return Tile(outputs=warps * 1024 // width, inputs=width, warps=warps)
+    return ExpertTile(outputs=warps * 1024 // width, inputs=width, warps=warps)
 
 
-def _cut(tile: Tile, pdl: bool) -> dict[str, object]:
+def _cut(tile: ExpertTile, pdl: bool) -> dict[str, object]:
     return {
         "BLOCK_N": tile.outputs,
         "BLOCK_D": tile.inputs,

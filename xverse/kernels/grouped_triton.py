@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
-from xverse.kernels.multiply_triton import Tile, _swiglu
-from xverse.kernels.parts_triton import sum_parts
-from xverse.kernels.reference import Norm, swiglu
-from xverse.kernels.reference_experts import Experts, Mixture, Plain
+from xverse.kernels.multiply_triton import _swiglu
+from xverse.kernels.parts_triton import ExpertTile, sum_parts
+from xverse.kernels.reference import Norm
+from xverse.kernels.reference_experts import Experts, Mixture, Plain, add_shared
 from xverse.kernels.route_triton import Scratch, route_rows
 
 
@@ -75,18 +74,18 @@ class Cut(NamedTuple):
     """How the sorted choices are cut: choices a block, and the tiles of the two products."""
 
     choices: int
-    gate_up: Tile
-    down: Tile
+    gate_up: ExpertTile
+    down: ExpertTile
 
 
 def choose_cut(choices: int, experts: int) -> Cut:
     """The larger the blocks, the less is read twice; the smaller, the less is computed in vain."""
     each = choices / experts
     if each <= 24:
-        return Cut(16, Tile(64, 128, stages=3), Tile(64, 128, stages=4))
+        return Cut(16, ExpertTile(64, 128, stages=3), ExpertTile(64, 128, stages=4))
     if each <= 96:
-        return Cut(64, Tile(128, 64, stages=4), Tile(128, 64, stages=4))
-    return Cut(128, Tile(128, 64, warps=8, stages=3), Tile(256, 64, warps=8, stages=3))
+        return Cut(64, ExpertTile(128, 64, stages=4), ExpertTile(128, 64, stages=4))
+    return Cut(128, ExpertTile(128, 64, warps=8, stages=3), ExpertTile(256, 64, warps=8, stages=3))
 
 
 def mix_experts(
@@ -131,7 +130,7 @@ def mix_experts(
     return sum_parts(parts_TCD, weights_TC, None)
 
 
-def _tiled(tile: Tile) -> dict[str, int]:
+def _tiled(tile: ExpertTile) -> dict[str, int]:
     return {
         "BLOCK_N": tile.outputs,
         "BLOCK_D": tile.inputs,
@@ -148,7 +147,4 @@ def mixture_rows(
         x_TD, mixture.router_XD, mixture.top_k, norm, scratch=scratch
     )
     mixed_TD = mix_experts(normed_TD, weights_TC, chosen_TC, Plain(mixture.stacks))
-    if mixture.shared_gate_up_ND is not None and mixture.shared_down_DF is not None:
-        inner_TF = swiglu(*functional.linear(normed_TD, mixture.shared_gate_up_ND).chunk(2, dim=-1))
-        mixed_TD = mixed_TD + functional.linear(inner_TF, mixture.shared_down_DF)
-    return x_TD + mixed_TD
+    return x_TD + add_shared(mixed_TD, normed_TD, mixture)

@@ -4,12 +4,23 @@ Each expert's programs find out who chose it, and leave a part for every choice 
 parts are then summed in the order of the choices, so that equal inputs give equal bits.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from xverse.kernels.multiply import ROWS
-from xverse.kernels.multiply_triton import Tile, _swiglu, wait_for_input
+from xverse.kernels.multiply_triton import _swiglu, wait_for_input
+
+
+class ExpertTile(NamedTuple):
+    """How a product of experts is cut: outputs and inputs a tile, warps, loads in flight."""
+
+    outputs: int
+    inputs: int
+    warps: int = 4
+    stages: int = 1
 
 
 @triton.jit
@@ -21,7 +32,7 @@ def weight_tile(at, row, place, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, str
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _some_rows(
     x_ptr, chosen_ptr, weight_ptr, up_ptr, shared_ptr, out_ptr, tokens,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
@@ -118,7 +129,7 @@ def some_rows(
     chosen_TC: Tensor,
     stacks: tuple[Tensor, ...],
     shared_ND: Tensor | None,
-    tile: Tile,
+    tile: ExpertTile,
     *,
     shared: int,
     pdl: bool = False,

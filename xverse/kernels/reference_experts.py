@@ -48,15 +48,20 @@ def mix_experts(x_TD: Tensor, weights_TC: Tensor, chosen_TC: Tensor, experts: Ex
     return mixed_TD
 
 
+def add_shared(mixed_TD: Tensor, x_TD: Tensor, mixture: Mixture) -> Tensor:
+    """`mixed`, plus what the shared expert makes of x, if there is one."""
+    if mixture.shared_gate_up_ND is None or mixture.shared_down_DF is None:
+        return mixed_TD
+    inner_TF = swiglu(*functional.linear(x_TD, mixture.shared_gate_up_ND).chunk(2, dim=-1))
+    return mixed_TD + functional.linear(inner_TF, mixture.shared_down_DF)
+
+
 def mixture_rows(x_TD: Tensor, mixture: Mixture, norm: Norm) -> Tensor:
     """x + mixture(norm(x)) of a few tokens: the second half of a block. -> [T, D]."""
     normed_TD = rms_norm(x_TD, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
     weights_TC, chosen_TC = route(normed_TD, mixture.router_XD, mixture.top_k)
     mixed_TD = mix_experts(normed_TD, weights_TC, chosen_TC, Plain(mixture.stacks))
-    if mixture.shared_gate_up_ND is not None and mixture.shared_down_DF is not None:
-        inner_TF = swiglu(*functional.linear(normed_TD, mixture.shared_gate_up_ND).chunk(2, dim=-1))
-        mixed_TD = mixed_TD + functional.linear(inner_TF, mixture.shared_down_DF)
-    return x_TD + mixed_TD
+    return x_TD + add_shared(mixed_TD, normed_TD, mixture)
 
 
 class Plain:
