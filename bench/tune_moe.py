@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.moe_gpu import SHAPE, random_mixture
+from bench.check_moe import SHAPE, random_mixture
 from bench.tune_decode import seconds
 from xverse.kernels import experts_triton, grouped_triton, reference
 from xverse.kernels.experts_triton import Tiles, choose_tiles

@@ -224,7 +224,7 @@ def mixture_rows(
 
 
 def choose_tiles(tokens: int, hidden: int, width: int) -> Tiles:
-    """The cuts that should stream best on an H200; `python -m bench.moe_gpu tune` tries others."""
+    """The cuts that should stream best on an H200; `bench/tune_moe.py` tries others."""
     if tokens > 1:
         return Tiles(ExpertTile(64, 128, stages=3), ExpertTile(64, 128, stages=4))
     return Tiles(_one_row_tile(hidden), _one_row_tile(width))
