@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xverse.kernels import reference, reference_sample
+from xverse.kernels import reference, reference_experts, reference_sample
+from xverse.kernels.multiply import ROWS
 from xverse.kernels.tiles import MOST_ROWS
 from xverse.log import warn_once
 
@@ -143,6 +144,53 @@ def count_rows(device: torch.device) -> Choice:
     return _change("count of tokens", "count_rows", device)
 
 
+def mixture_rows(
+    device: torch.device, dtype: torch.dtype, rows: int = 1, experts: int = 1
+) -> Choice:
+    """The function in the place of `reference_experts.mixture_rows`, for a step of these sizes.
+
+    It holds memory of its own: one for each stream that runs steps.
+    """
+    operation = "experts of a decode step"
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, reference_experts.mixture_rows, device, why_not)
+    from xverse.kernels import experts_triton, grouped_triton, route_triton
+
+    scratch = route_triton.Scratch.reserve(rows, experts, device)
+    if rows > ROWS:
+        why = f"{rows} tokens; up to {ROWS} take each expert's weights without being sorted"
+        call = partial(grouped_triton.mixture_rows, scratch=scratch)
+        return Choice(operation, "Triton, sorted by expert", why, call)
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, router included, fused with norm, SwiGLU and residual"
+        + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {ROWS} tokens",
+        partial(experts_triton.mixture_rows, scratch=scratch, pdl=pdl),
+    )
+
+
+def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> Choice:
+    """The function with the signature of `reference_experts.mix_experts`, for any number of tokens.
+
+    `why_not`: why these experts can only be called one by one, if so.
+    """
+    operation = "experts of a prompt"
+    why_not = _why_no_triton(device, dtype) or why_not
+    if why_not:
+        return _plain(operation, reference_experts.mix_experts, device, why_not)
+    from xverse.kernels import grouped_triton
+
+    return Choice(
+        operation,
+        "Triton, sorted by expert, without a loop over experts",
+        f"{dtype} on CUDA",
+        grouped_triton.mix_experts,
+    )
+
+
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
     choosing = (best_rows, sample_rows, mask_rows, penalize_rows, count_rows)
@@ -156,6 +204,8 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         rotate_store(device, dtype),
         attend_chunks(device, dtype),
         *(choice(device) for choice in choosing),
+        mixture_rows(device, dtype),
+        mix_experts(device, dtype),
     ]
 
 
