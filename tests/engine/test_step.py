@@ -75,9 +75,9 @@ def test_the_kernels_of_a_gpu_give_the_decoders_logits(
     """Products by Triton in its interpreter, handed on from one to the next as on a GPU."""
     pytest.importorskip("triton")
     plain = dispatch.Choice("attention", "plain", "", reference.rotate_store_attend)
-    monkeypatch.setattr(dispatch, "rotate_store_attend", lambda *_: plain)
-    monkeypatch.setattr(dispatch, "_why_no_triton", lambda *_: "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(dispatch, "rotate_store_attend", lambda *_, **__: plain)
+    monkeypatch.setattr(dispatch, "_why_no_triton", lambda *_, **__: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (8, 0))
     decoder = random_decoder(published_config() | {"num_hidden_layers": 2}, dtype=torch.float32)
     assert largest_difference(fuse(decoder), rows, 1) < 1e-3
 

@@ -79,8 +79,10 @@ class DecodeStep:
             assert isinstance(block, Block)
             stream = self._block(layer, block, stream)
         head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
-        logits, _ = self.products.read(stream, _norm(stack.norm), head.weight)
-        return logits
+        wide_VD = self.decoder.wide_head_VD
+        weight_VD = head.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
+        logits, _ = self.products.read(stream, _norm(stack.norm), weight_VD)
+        return logits[:, : self.decoder.shape.vocab_size]
 
     def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
