@@ -8,8 +8,6 @@ from torch import Tensor
 from xverse.kernels import reference
 from xverse.kernels.reference import Scales
 
-PAGE = 16
-
 
 def seeded(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size) + seed)).to(dtype)
@@ -31,13 +29,20 @@ class Pool:
 
     @classmethod
     def of(
-        cls, stored: list[int], kv_heads: int, size: int, dtype: torch.dtype, *, fp8: bool
+        cls,
+        stored: list[int],
+        kv_heads: int,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        fp8: bool,
+        page: int = 16,
     ) -> "Pool":
-        width, count = max(stored) // PAGE + 2, len(stored)
+        width, count = max(stored) // page + 2, len(stored)
         generator = torch.Generator().manual_seed(1)
         tables = torch.randperm(count * width, generator=generator).view(count, width)
         stuff = torch.float8_e4m3fn if fp8 else dtype
-        lead = (count * width, kv_heads, PAGE)
+        lead = (count * width, kv_heads, page)
         keys, values = (torch.full((*lead, size), torch.nan).to(stuff) for _ in range(2))
         scales = None
         if fp8:
@@ -52,17 +57,18 @@ class Pool:
         return pool
 
     def slots(self, sequence: int, start: int, stop: int) -> Tensor:
-        token = torch.arange(start, stop)
-        return self.tables[sequence, token // PAGE].long() * PAGE + token % PAGE
+        token, page = torch.arange(start, stop), self.keys.shape[2]
+        return self.tables[sequence, token // page].long() * page + token % page
 
-    def copy(self) -> "Pool":
-        scales = None if self.scales is None else (self.scales[0].clone(), self.scales[1].clone())
-        return Pool(self.keys.clone(), self.values.clone(), scales, self.tables)
+    def copy(self, device: str = "cpu") -> "Pool":
+        keys, values, tables, *scales = (
+            tensor.to(device, copy=True)
+            for tensor in (self.keys, self.values, self.tables, *(self.scales or ()))
+        )
+        return Pool(keys, values, (scales[0], scales[1]) if scales else None, tables)
 
     def equals(self, other: "Pool") -> bool:
-        ours, theirs = (
-            [pool.keys, pool.values, *(pool.scales or ())] for pool in (self, other)
-        )
+        ours, theirs = ([pool.keys, pool.values, *(pool.scales or ())] for pool in (self, other))
         return all(
             torch.equal(a.view(torch.uint8), b.view(torch.uint8))
             for a, b in zip(ours, theirs, strict=True)

@@ -6,23 +6,21 @@ import pytest
 import torch
 
 from tests.kernels.paged_case import Pool, close, seeded
-from xverse.kernels import reference
+from xverse.kernels import cuts, reference
+from xverse.kernels.cuts import Cut, Scratch, choose_cut
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("these are checks by Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed, and its interpreter is the test")
 
 from xverse.kernels import attend_triton
-from xverse.kernels.attend_triton import Cut, Scratch, choose_cut
 
 STORED = [0, 5, 16, 70]
 DOTS = [Cut(block=16), Cut(block=16, parts=4, least=16), Cut(block=32, parts=2, least=48, stages=3)]
 SUMS = [cut._replace(dots=False, warps=1) for cut in DOTS]
 
 
-def check(
-    cut: Cut, dtype: torch.dtype, heads: int, kv_heads: int, size: int, *, fp8: bool
-) -> None:
+def check(cut: Cut, dtype: torch.dtype, heads: int, kv_heads: int, size: int, *, fp8: bool) -> None:
     pool = Pool.of(STORED, kv_heads, size, dtype, fp8=fp8)
     twin = pool.copy()
     positions = torch.tensor(STORED, dtype=torch.int32)
@@ -116,5 +114,5 @@ def test_several_query_heads_want_the_tensor_cores() -> None:
 def test_a_cut_suits_its_kernel(tokens: int, heads: int, kv_heads: int, fp8: bool) -> None:
     cut = choose_cut(tokens, heads, kv_heads, fp8=fp8)
     assert cut.dots or heads == kv_heads
-    assert 1 <= cut.parts <= attend_triton.MOST_PARTS
+    assert 1 <= cut.parts <= cuts.MOST_PARTS
     assert cut.least >= cut.block or cut.parts == 1

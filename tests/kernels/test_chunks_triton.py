@@ -7,13 +7,13 @@ import torch
 
 from tests.kernels.paged_case import Pool, close, seeded
 from xverse.kernels import reference
+from xverse.kernels.cuts import ChunkCut
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("these are checks by Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed, and its interpreter is the test")
 
 from xverse.kernels import chunks_triton
-from xverse.kernels.chunks_triton import ChunkCut
 
 CUT = ChunkCut(rows=16, block=32, warps=1, stages=2)
 

@@ -1,4 +1,4 @@
-"""The products of a decode step on a GPU against their plain twins, in Triton's interpreter, on the CPU."""
+"""The products of a decode step on a GPU against their twins, in Triton's interpreter."""
 
 import os
 

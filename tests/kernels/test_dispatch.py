@@ -9,10 +9,22 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
-    products, attention = dispatch.table(CPU, torch.bfloat16)
+    products, *attention = dispatch.table(CPU, torch.bfloat16)
     assert products.call is reference.multiply_rows
-    assert attention.call is reference.rotate_store_attend
-    assert "this is cpu" in str(products)
+    plain = [reference.rotate_store_attend, reference.rotate_store, reference.attend_chunks]
+    assert [choice.call for choice in attention] == 2 * plain
+    assert all("this is cpu" in str(choice) for choice in (products, *attention))
+    assert len({choice.operation for choice in attention}) == 6, "bf16 and FP8 are told apart"
+
+
+def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    choice = dispatch.attend_chunks(CUDA, torch.bfloat16, fp8=True)
+    assert choice.call is reference.attend_chunks
+    assert "first with FP8" in choice.reason
+    pytest.importorskip("triton")
+    assert dispatch.attend_chunks(CUDA, torch.bfloat16).call is not reference.attend_chunks
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def _attend_parts(
     seen: Sequence[int],
     scales: Scales | None,
 ) -> Tensor:
-    """The last rows of each sequence of `seen` tokens, one after another. -> [offsets[-1], H, E]."""
+    """The last rows of each sequence of `seen` tokens, one after another."""
     mixed = [q_THE[:0]]
     for (start, stop), table_P, tokens in zip(pairwise(offsets), tables_BP, seen, strict=True):
         used_P = table_P[: -(-tokens // keys_PKSE.shape[2])].long()
@@ -225,9 +225,7 @@ def rotate_store_attend(
     slots_T = page_T * page_size + positions_T % page_size
     pools = (keys_PKSE, values_PKSE, scales)
     q_THE = rotate_store(qkv_TN, cos_SE, sin_SE, positions_T, slots_T, *pools)
-    return attend_pages(
-        q_THE, keys_PKSE, values_PKSE, pages_TP, positions_T + 1, scales
-    ).flatten(1)
+    return attend_pages(q_THE, keys_PKSE, values_PKSE, pages_TP, positions_T + 1, scales).flatten(1)
 
 
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
