@@ -7,6 +7,7 @@ from bench.tune_decode import PRODUCTS
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine.step import DecodeStep
 from xverse.kernels import attend_triton, multiply_rows_triton, reference
+from xverse.kernels.cuts import Cut, Scratch
 from xverse.kernels.reference import Norm
 from xverse.model.cache import Growing
 from xverse.model.fuse import fuse
@@ -62,10 +63,8 @@ def check_attention() -> None:
                 qkv, cos, sin, places, order, twin_keys, twin_values
             )
             for pdl in (False, True):
-                for parts in (None, 1, 3):
-                    scratch = attend_triton.Scratch.reserve(
-                        tokens, heads, kv_heads, size, "cuda", parts=parts
-                    )
+                for cut in (None, Cut(), Cut(parts=3)):
+                    scratch = Scratch.reserve(tokens, heads, kv_heads, size, "cuda", cut=cut)
                     first = None
                     for _ in range(3):
                         fast = attend_triton.rotate_store_attend(
@@ -74,7 +73,7 @@ def check_attention() -> None:
                         assert first is None or torch.equal(first, fast), "equal bits again"
                         first = fast
                     error = distance(fast, twin)
-                    case = (heads, kv_heads, size, page_size, positions, pdl, parts, error)
+                    case = (heads, kv_heads, size, page_size, positions, pdl, cut, error)
                     assert error < 8e-3, case
                     assert torch.equal(keys, twin_keys), case
                     assert torch.equal(values, twin_values), case

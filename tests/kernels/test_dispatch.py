@@ -11,16 +11,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
+    plain = [reference.rotate_store_attend, reference.rotate_store, reference.attend_chunks]
     calls = [choice.call for choice in dispatch.table(CPU, torch.bfloat16)]
     assert calls == [
         reference.multiply_rows,
         reference.add_rows,
         reference.embed_rows,
-        reference.rotate_store_attend,
         reference.add_norm,
         reference.swiglu_joined,
-        reference.rotate_store,
-        reference.attend_chunks,
+        *2 * plain,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,
@@ -30,6 +29,16 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference_experts.mix_experts,
     ]
     assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
+
+
+def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    choice = dispatch.attend_chunks(CUDA, torch.bfloat16, fp8=True)
+    assert choice.call is reference.attend_chunks
+    assert "first with FP8" in choice.reason
+    pytest.importorskip("triton")
+    assert dispatch.attend_chunks(CUDA, torch.bfloat16).call is not reference.attend_chunks
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ Five operations a layer: norm + q, k, v; rope + store + attention; output + resi
 and up + SwiGLU; down + residual; for many sequences the parts around products stand alone
 (`residual.py`), and a mixture of experts is one operation in the place of the last two. Memory and
 inputs stay in place, so that the step can be captured as a CUDA graph. The decoder itself is not
-touched, and what computes each operation is chosen in `kernels/dispatch.py`; on a CPU that is the plain reference.
+touched, and what computes each operation is chosen in `kernels/dispatch.py`; on a CPU that is the
+plain reference.
 """
 
 from collections.abc import Callable, Sequence
