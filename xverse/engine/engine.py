@@ -6,8 +6,10 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from xverse.engine.fused import FusedDecode
+from xverse.engine.grammar_compile import Ask, Grammars, vocabulary_of
 from xverse.engine.memory import pool_tokens
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Pages
@@ -18,6 +20,7 @@ from xverse.engine.scheduler import Generation, Scheduler
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.decoder import Decoder
+from xverse.text.tokenizer import Tokenizer
 
 Output = Token | Scores | Failed
 
@@ -30,6 +33,7 @@ class EngineOptions:
     `deterministic`: equal to the last bit, alone or among others, at some cost in speed.
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
     in another shape, its last bits differ, unless `deterministic`.
+    `grammar_seconds`: how long one grammar may be compiled.
     """
 
     kv_tokens: int | None = None
@@ -38,6 +42,7 @@ class EngineOptions:
     max_running: int = 64
     deterministic: bool = False
     share_prefixes: bool = True
+    grammar_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -48,6 +53,12 @@ class EngineOptions:
                     "It counts tokens or sequences.",
                     "Give a whole number of at least 1.",
                 )
+        if type(self.grammar_seconds) not in (int, float) or not 0 < self.grammar_seconds <= 600:
+            raise XverseError(
+                f"grammar_seconds cannot be {self.grammar_seconds!r:.60}.",
+                "It is the time that one grammar may take to compile.",
+                "Give a number from above 0 to 600.",
+            )
         if self.max_running > self.step_tokens:
             raise XverseError(
                 f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
@@ -59,6 +70,7 @@ class EngineOptions:
 # Matrix products of one size give a row the same bits wherever it stands among the others; with
 # another number of rows the libraries sum in another order.
 FIXED_ROWS = 16
+COMPILING_WAIT_S = 0.02  # of a step with nothing else to do; new requests wait as long
 
 
 class Engine:
@@ -70,7 +82,9 @@ class Engine:
         *,
         end_ids: Collection[int] = (),
         options: EngineOptions | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """`tokenizer` is needed for grammars, and for nothing else."""
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         self.options = options or EngineOptions()
@@ -92,6 +106,8 @@ class Engine:
         self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self._generations: dict[int, Generation] = {}
+        self._tokenizer = tokenizer
+        self._compiling: dict[int, Ask] = {}  # requests that wait for their grammar
         self._next = 0
 
     @property
@@ -103,6 +119,19 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._generations)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars; XverseError where this engine does not know its tokenizer."""
+        if self._tokenizer is None:
+            raise XverseError(
+                "This engine cannot hold answers to a grammar.",
+                "It was made without a tokenizer, and does not know what its ids spell.",
+                "Give Engine(..., tokenizer=...).",
+            )
+        count = self.decoder.shape.vocab_size
+        words = partial(vocabulary_of, self._tokenizer, self.end_ids, count)
+        return Grammars(words, self.options.grammar_seconds)
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
@@ -120,7 +149,11 @@ class Engine:
         generation = Generation(
             number, request, sampler, self._namespace(request), list(request.ids)
         )
-        self.scheduler.add(generation)
+        if sampling and sampling.grammar:
+            self.scheduler.require_room(request)
+            self._compiling[number] = self.grammars.ask(sampling.grammar)
+        else:
+            self.scheduler.add(generation)
         self._generations[number] = generation
         self._next += 1
         return number
@@ -128,19 +161,39 @@ class Engine:
     def abort(self, number: int) -> None:
         """Forget a request and take its memory back; nothing where it has ended already."""
         generation = self._generations.pop(number, None)
+        self._compiling.pop(number, None)
         if generation is not None:
             self.scheduler.remove(generation)
 
     def step(self) -> Sequence[Output]:
         """Compute one step; what came of it in the order of requests. Empty where none waits."""
+        failed = self._admit_compiled()
         chunks = self.scheduler.plan()
-        assert chunks or not self.busy, "whoever fits at all fits when alone"
+        assert chunks or len(self._generations) == len(self._compiling), "who fits, fits alone"
         if not chunks:
-            return []
+            if self._compiling and not failed:
+                self.grammars.wait(COMPILING_WAIT_S)
+            return failed
         choices = run_step(self.decoder, self.kv, chunks, self._fused)
         self.scheduler.computed(chunks)
         choices.sort(key=lambda choice: choice[0].number)
-        return [output for choice in choices for output in self._take(*choice)]
+        return [*failed, *(output for choice in choices for output in self._take(*choice))]
+
+    def _admit_compiled(self) -> list[Output]:
+        """Queue whose grammar is compiled by now; those fail whose grammar cannot be."""
+        failed: list[Output] = []
+        for number, ask in list(self._compiling.items()):
+            answer = self.grammars.answer(ask)
+            generation = self._generations[number]
+            if isinstance(answer, XverseError):
+                self.abort(number)
+                failed.append(Failed(number, answer))
+            elif answer is not None:
+                del self._compiling[number]
+                assert generation.sampler is not None, "a grammar is an option of sampling"
+                generation.sampler.grammar = self.grammars.state(answer)
+                self.scheduler.add(generation)
+        return failed
 
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
@@ -172,6 +225,9 @@ class Engine:
     def _finish(self, generation: Generation) -> Finish | None:
         sampling, latest = generation.request.sampling, generation.ids[-1]
         assert sampling is not None, "who chooses has options"
+        state = generation.sampler.grammar if generation.sampler else None
+        if state is not None and state.terminated:
+            return "stop"
         ends = latest in self.end_ids and not sampling.ignore_eos
         if ends or latest in sampling.stop_ids:
             return "stop"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from xverse.engine.grammar_state import GrammarState
 from xverse.engine.request import Sampling
 from xverse.errors import XverseError
 
@@ -18,6 +19,7 @@ class Sampler:
         off until min_tokens."""
         self.sampling = sampling
         self.end_ids = {*end_ids, *sampling.stop_ids}
+        self.grammar: GrammarState | None = None  # set when it is compiled, if one is asked for
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -27,7 +29,7 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the choice is always the best logit as it is."""
-        return self.sampling.temperature == 0.0 and not self._changes
+        return self.sampling.temperature == 0.0 and not self._changes and not self.sampling.grammar
 
     @property
     def _changes(self) -> bool:
@@ -42,7 +44,15 @@ class Sampler:
 
     def choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None = None) -> int:
         """The next token after `seen`, from its logits [V]; the answer's own part of `seen` begins
-        at `start`, by default at its end."""
+        at `start`, by default at its end. Where there is a grammar it goes on by that token."""
+        if self.sampling.grammar is None:
+            return self._choose(logits_V, seen, start)
+        assert self.grammar is not None, "whoever chooses has its grammar compiled"
+        id = self._choose(self.grammar.masked(logits_V), seen, start)
+        self.grammar.accept(id)
+        return id
+
+    def _choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None) -> int:
         temperature = self.sampling.temperature
         if self._changes or temperature != 0.0:
             logits_V = logits_V.float()
@@ -60,7 +70,8 @@ class Sampler:
 
     def _changed(self, logits_V: Tensor, seen: Sequence[int], answer: Sequence[int]) -> Tensor:
         options = self.sampling
-        if len(answer) < (options.min_tokens or 0) and self.end_ids:
+        early = len(answer) < (options.min_tokens or 0) and self.end_ids
+        if early and not (self.grammar and self.grammar.only_end):
             logits_V = add(logits_V, dict.fromkeys(self.end_ids, float("-inf")))
         if options.logit_bias:
             logits_V = add(logits_V, options.logit_bias)
