@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from xverse.engine import grammar_worker
 from xverse.engine.grammar import Grammar
+from xverse.engine.grammar_schema import without_lengths
 from xverse.engine.grammar_worker import read_frame, write_frame
 from xverse.errors import XverseError
 
@@ -60,10 +61,13 @@ class Process:
     def compile(self, grammar: Grammar, seconds: float) -> bytes:
         """The compiled grammar, as xgrammar writes it. XverseError where it is none, or needs more
         time or memory than there is; the process may be gone then."""
+        text = grammar.text
+        if grammar.kind == "json_schema":
+            text = without_lengths(text)
         header: dict[str, object] = {"kind": grammar.kind, "seconds": seconds}
         try:
             with self._ended_after(seconds) as late:
-                reply, compiled = self._ask(header, grammar.text.encode())
+                reply, compiled = self._ask(header, text.encode())
         except (EOFError, OSError) as error:
             code = self._process.wait()
             raise too_slow(seconds) if late.is_set() else _died(code) from error
