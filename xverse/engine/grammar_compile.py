@@ -24,7 +24,7 @@ from xverse.text.tokenizer import Tokenizer
 PROCESSES = 2
 KEPT = 128
 KEPT_BYTES = 64 * 2**20
-ANSWER_S = 1.0  # what an answer may take longer than compiling
+ANSWER_S = 0.8  # what an answer may take longer than compiling
 
 
 @dataclass(eq=False)

@@ -103,7 +103,7 @@ def _check(schema: object, place: str) -> None:
     if unknown:
         _refuse(place, f"the keyword {sorted(unknown)[0]!r:.60} is not obeyed")
     if schema.get("uniqueItems", False) is not False:
-        _refuse(place, "uniqueItems is not obeyed")
+        _refuse(place, "the keyword 'uniqueItems' is not obeyed")
     for word in sorted(words & set(_ABOUT)):
         _check_about(schema, word, place)
     _check_object(schema, place)
@@ -173,7 +173,7 @@ def _check_text(schema: Schema, place: str) -> None:
     shaped = [word for word in ("pattern", "format") if word in schema]
     lengths = [word for word in ("minLength", "maxLength") if word in schema]
     if len(shaped) + bool(lengths) > 1:
-        _refuse(place, f"{(lengths + shaped)[0]} beside {shaped[0]} is not obeyed")
+        _refuse(place, f"the keyword {(lengths + shaped)[0]!r} is not obeyed beside {shaped[-1]!r}")
     least, most = (schema.get(word, low) for word, low in (("minLength", 0), ("maxLength", 2**31)))
     if not (type(least) is int and type(most) is int and 0 <= least <= most):
         _refuse(place, "lengths are whole numbers, the least not above the most")
@@ -241,6 +241,6 @@ def _is(value: object, name: str) -> bool:
 def _refuse(place: str, why: str) -> NoReturn:
     raise XverseError(
         f"The JSON schema cannot be promised, at {place:.200}.",
-        f"{why[:1].upper()}{why[1:]}.",
+        f"{why[:1].upper()}{why[1:].rstrip('.')}.",
         "Leave it out, or say it in keywords that are obeyed: type, enum, properties, items, ...",
     )

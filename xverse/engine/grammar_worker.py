@@ -65,7 +65,7 @@ def main() -> None:
     remarks = _Remarks()
     compiler = _Compiler(*read_frame(wanted))
     write_frame(answers, {"ready": True})
-    while not remarks.full:
+    while not (remarks.full or compiler.worn):
         try:
             header, body = read_frame(wanted)
         except EOFError:
@@ -110,6 +110,7 @@ class _Compiler:
         self.compiler = self.xgrammar.GrammarCompiler(
             self.info, max_threads=THREADS, cache_enabled=False
         )
+        self.worn = False  # memory ran out once: a new process has all of it
         self.leading_space = about["leading_space"]
         _limit_memory(about["memory_bytes"])
 
@@ -126,10 +127,10 @@ class _Compiler:
                 raise Refused(f"Compiled it has {len(data) / 2**20:.0f} MiB.")
             for choose in (random.Random(0).choice, self._longest, min):
                 self._try_out(compiled, choose)
-        except MemoryError:
-            return {"error": "It needs more memory than a grammar may have."}, b""
-        except (Refused, RuntimeError, ValueError) as error:
-            return {"error": _first_words(str(error))}, b""
+        except (Refused, MemoryError, RuntimeError, ValueError) as error:
+            self.worn = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+            memory = "It needs more memory than a grammar may have."
+            return {"error": memory if self.worn else _first_words(str(error))}, b""
         return {}, data
 
     def compile(self, kind: str, text: str) -> Any:
