@@ -2,7 +2,7 @@
 
 import json
 
-from xverse.engine.grammar import Grammar
+from xverse.engine.grammar import Grammar, Kind
 
 J = json.dumps
 
@@ -157,9 +157,9 @@ RULES = [
 ]
 
 
-def grammars() -> list[tuple[str, str]]:
+def grammars() -> list[tuple[Kind, str]]:
     """Kind and text of each, more than a hundred."""
-    found = [("json_schema", text) for text in SCHEMAS]
+    found: list[tuple[Kind, str]] = [("json_schema", text) for text in SCHEMAS]
     found += [("regex", text) for text in REGEXES]
     return found + [("ebnf", text) for text in RULES]
 

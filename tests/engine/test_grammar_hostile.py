@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.text.tiny import write_tiny_tokenizer
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine import grammar_compile, grammar_state
 from xverse.engine.engine import Engine, EngineOptions, Output
-from xverse.engine.grammar import Grammar
+from xverse.engine.grammar import Grammar, Kind
 from xverse.engine.grammar_compile import Ask, Grammars
 from xverse.engine.grammar_process import Vocabulary
 from xverse.engine.grammar_state import Compiled, Threads
@@ -36,20 +37,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-@pytest.fixture
-def make(tokenizer: Tokenizer) -> Iterator[type[Engine]]:
-    made: list[Engine] = []
+@contextmanager
+def new_engine(tokenizer: Tokenizer, seconds: float) -> Iterator[Engine]:
+    options = EngineOptions(kv_tokens=8192, grammar_seconds=seconds)
+    decoder = random_decoder(published_config())
+    engine = Engine(decoder, end_ids=[3], options=options, tokenizer=tokenizer)
+    assert isinstance(first_answers(engine, [Grammar.regex("warm")])[0], Token)
+    yield engine
+    engine.grammars.close()
 
-    def new(seconds: float) -> Engine:
-        options = EngineOptions(kv_tokens=8192, grammar_seconds=seconds)
-        decoder = random_decoder(published_config())
-        made.append(Engine(decoder, end_ids=[3], options=options, tokenizer=tokenizer))
-        assert isinstance(first_answers(made[-1], [Grammar.regex("warm")])[0], Token)
-        return made[-1]
 
-    yield new  # type: ignore[misc]
-    for engine in made:
-        engine.grammars.close()
+@pytest.fixture(scope="module")
+def it(tokenizer: Tokenizer) -> Iterator[Engine]:
+    with new_engine(tokenizer, 5.0) as engine:
+        yield engine
 
 
 def held(grammar: Grammar) -> Sampling:
@@ -75,30 +76,32 @@ def first_answers(it: Engine, asked: Sequence[Grammar]) -> list[Output]:
     return [found[number] for number in numbers]
 
 
-def test_a_hundred_hostile_grammars_while_another_request_goes_on(make: type[Engine]) -> None:
+def test_a_hundred_hostile_grammars_while_another_request_goes_on(tokenizer: Tokenizer) -> None:
     texts = grammars()
     assert len(texts) >= 100
-    asked: list[Grammar] = []
-    for kind, text in texts:
-        try:
-            asked.append(Grammar(kind, text))  # type: ignore[arg-type]
-        except XverseError as error:
-            assert len(str(error)) < 1000
-    it = make(0.4)  # type: ignore[arg-type]
+    asked = [grammar for grammar in map(taken, texts) if grammar is not None]
     failed = 0
-    for first in range(0, len(asked), 12):
-        start = time.monotonic()
-        answers = first_answers(it, asked[first : first + 12])
-        assert time.monotonic() - start < ANSWERED_S
-        failed += sum(isinstance(answer, Failed) for answer in answers)
-    assert 20 < failed < len(asked)
-    assert not it.busy
-    assert it.pages.available == it.pages.count
-    assert isinstance(first_answers(it, [Grammar.regex("good")])[0], Token)
+    with new_engine(tokenizer, 0.4) as it:
+        for first in range(0, len(asked), 12):
+            start = time.monotonic()
+            answers = first_answers(it, asked[first : first + 12])
+            assert time.monotonic() - start < ANSWERED_S
+            failed += sum(isinstance(answer, Failed) for answer in answers)
+        assert 20 < failed < len(asked)
+        assert not it.busy
+        assert it.pages.available == it.pages.count
+        assert isinstance(first_answers(it, [Grammar.regex("good")])[0], Token)
 
 
-def test_the_worst_are_answered_within_six_seconds(make: type[Engine]) -> None:
-    it = make(5.0)  # type: ignore[arg-type]
+def taken(asked: tuple[Kind, str]) -> Grammar | None:
+    """The grammar, if it is not refused as soon as it is written down."""
+    try:
+        return Grammar(*asked)
+    except XverseError:
+        return None
+
+
+def test_the_worst_are_answered_within_six_seconds(it: Engine) -> None:
     start = time.monotonic()
     answers = first_answers(it, [*worst(), Grammar.regex("in time, or told why not")])
     assert time.monotonic() - start < ANSWERED_S
@@ -115,8 +118,7 @@ def wait_until_compiling(grammars: Grammars) -> None:
     time.sleep(0.05)
 
 
-def test_a_process_killed_in_the_middle(make: type[Engine]) -> None:
-    it = make(5.0)  # type: ignore[arg-type]
+def test_a_process_killed_in_the_middle(it: Engine) -> None:
     number = it.add(Request((5, 6), held(worst()[0])))
     wait_until_compiling(it.grammars)
     for process in it.grammars._desk._processes:
@@ -181,7 +183,7 @@ import time
 from tests.engine.hostile_grammars import worst
 from tests.engine.test_grammar_hostile import answer, new_grammars, wait_until_compiling
 from xverse.engine.grammar import Grammar
-grammars = new_grammars(3.0)
+grammars = new_grammars(1.5)
 answer(grammars, grammars.ask(Grammar.regex("a")))
 grammars.ask(worst()[0])
 wait_until_compiling(grammars)
@@ -200,7 +202,7 @@ def test_no_process_outlives_python(killed: bool) -> None:
         if killed:
             python.send_signal(signal.SIGKILL)
     assert ids
-    end = time.monotonic() + 10  # a compilation that nobody waits for ends itself after 4 s
+    end = time.monotonic() + 10  # a compilation that nobody waits for ends itself after 2.5 s
     while any(_runs(id) for id in ids) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(_runs(id) for id in ids)
@@ -215,9 +217,8 @@ def _runs(id: str) -> bool:
 
 
 def test_a_grammar_too_slow_to_decode_fails_alone(
-    make: type[Engine], monkeypatch: pytest.MonkeyPatch
+    it: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    it = make(5.0)  # type: ignore[arg-type]
     slow, release = Grammar.regex("[s]low"), threading.Event()
     plain = grammar_state.GrammarState._compute_mask
 
