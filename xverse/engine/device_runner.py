@@ -17,7 +17,7 @@ from xverse.engine.device_sampler import DeviceSampler, Picked, Row
 from xverse.engine.grammar_rows import Allowed
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
-from xverse.engine.prompt_step import Prompts, PromptStep
+from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
 from xverse.engine.request import Sampling
 from xverse.engine.runner import Choice, Chosen, Flight, choosing, score
 from xverse.engine.sampler import Sampler, not_a_number
@@ -161,6 +161,9 @@ class DeviceRunner:
         self, spans: Sequence[tuple[int, int, int]], ids: Iterable[int] | None = None
     ) -> Prompts:
         """Of (slot, held, count) each; without `ids` they are all 0."""
+        whole = len(spans) == 1 and spans[0][1] == 0 and spans[0][2] >= self.prompts.whole_from
+        if whole:
+            spans, ids = self._filled_up(spans[0], ids or ())
         counts = [count for _, _, count in spans]
         rows = numpy.empty((3, sum(counts)), numpy.int32)  # slot, position, id
         rows[0] = numpy.repeat([slot for slot, _, _ in spans], counts)
@@ -180,9 +183,18 @@ class DeviceRunner:
             offsets_B1=torch.cat((ends[0], ends[1, -1:])),
             held_B=ends[2],
             longest=max(counts),
-            seen=max(held + count for _, held, count in spans),
-            fresh=all(held == 0 for _, held, _ in spans),
+            whole=whole,
         )
+
+    def _filled_up(
+        self, span: tuple[int, int, int], ids: Iterable[int]
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """A long prompt, and after it rows that nobody reads."""
+        slot, held, count = span
+        more = -count % WHOLE_MULTIPLE
+        fill = [(self.slots, 0, more)] if more else []
+        given = list(ids) or [0] * count
+        return [(slot, held, count), *fill], given + [0] * more
 
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""

@@ -76,10 +76,9 @@ class EngineOptions:
                 "They are kept in the dtype of the weights, or in fp8.",
                 'Give kv_dtype "auto" or "fp8".',
             )
-        if (self.max_running or 1) > (self.step_tokens or CPU_STEP):
+        if self.step_tokens is not None and (self.max_running or 1) > self.step_tokens:
             raise XverseError(
-                f"{self.max_running} sequences cannot run in steps of "
-                f"{self.step_tokens or CPU_STEP} tokens.",
+                f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
                 "Each that decodes brings a token to every step.",
                 "Raise step_tokens or lower max_running.",
             )
@@ -87,7 +86,7 @@ class EngineOptions:
     def on(self, device: torch.device) -> "EngineOptions":
         """These options, none of steps left open. A GPU is not filled by a CPU's steps."""
         gpu = device.type == "cuda" and not self.deterministic
-        step = self.step_tokens or (GPU_STEP if gpu else CPU_STEP)
+        step = self.step_tokens or max(GPU_STEP if gpu else CPU_STEP, self.max_running or 0)
         running = self.max_running or min(step, GPU_RUNNING if gpu else CPU_RUNNING)
         return replace(self, step_tokens=step, max_running=running)
 
