@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.shape = shape
         self.rope = Rope(shape)
         self.model = Stack(shape)
-        self.lm_head = (
+        self.lm_head: nn.Module | None = (
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         )
 
@@ -84,8 +84,9 @@ class Decoder(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Scores of every vocabulary entry, [T, V], in x's dtype."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return multiply.linear(x_TD, head.weight)
+        if self.lm_head is not None:
+            return self.lm_head(x_TD)
+        return multiply.linear(x_TD, self.model.embed_tokens.weight)
 
 
 @torch.no_grad()
