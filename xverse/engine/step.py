@@ -9,7 +9,7 @@ as a CUDA graph. The decoder itself is not touched, and what computes each opera
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xverse.errors import XverseError
@@ -19,6 +19,7 @@ from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear
 from xverse.model.norm import RMSNorm
+from xverse.parallel.tensor import Gathered, Reduced
 
 
 class DecodeStep:
@@ -60,8 +61,10 @@ class DecodeStep:
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
             x_TD = self._block(layer, block, x_TD)
-        head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
-        return self.multiply(x_TD, head.weight, norm=_norm(stack.norm))
+        head = self.decoder.lm_head
+        own = stack.embed_tokens if head is None else _own(head)
+        logits = self.multiply(x_TD, own.weight, norm=_norm(stack.norm))
+        return head.gather(logits) if isinstance(head, Gathered) else logits
 
     def _block(self, layer: int, block: Block, x_TD: Tensor) -> Tensor:
         attention, mlp = block.self_attn, block.mlp
@@ -77,10 +80,16 @@ class DecodeStep:
             self.keys[layer],
             self.values[layer],
         )
-        x_TD = self._linear(attention.o_proj, mixed, residual_TN=x_TD)
+        x_TD = self._add(attention.o_proj, mixed, x_TD)
         norm = _norm(block.post_attention_layernorm)
         inner = self._linear(mlp.gate_up_proj, x_TD, norm=norm, gated=True)
-        return self._linear(mlp.down_proj, inner, residual_TN=x_TD)
+        return self._add(mlp.down_proj, inner, x_TD)
+
+    def _add(self, linear: nn.Module, x_TD: Tensor, residual_TN: Tensor) -> Tensor:
+        """The residual and what a layer adds to it, over all ranks where it is spread over some."""
+        if isinstance(linear, Reduced):
+            return linear.reduce(self._linear(_own(linear), x_TD), residual_TN)
+        return self._linear(_own(linear), x_TD, residual_TN=residual_TN)
 
     def _linear(
         self,
@@ -115,7 +124,8 @@ class DecodeStep:
                 self()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: NCCL's watchdog asks for its events meanwhile, on another.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self()
             if then is not None:
                 then(logits)
@@ -139,9 +149,20 @@ def unfit(decoder: Decoder) -> str:
         if not (isinstance(attention, FusedAttention) and isinstance(mlp, FusedFeedForward)):
             return "Its projections are apart; `fuse` joins them."
         linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if not all(type(linear) is Linear for linear in linears):
+        if not all(type(_part(linear)) is Linear for linear in linears):
             return "Its weights are quantized, and the fused step reads them as they are."
     return ""
+
+
+def _part(module: nn.Module) -> nn.Module:
+    """This rank's layer, where it is one of several."""
+    return module.part if isinstance(module, Reduced | Gathered) else module
+
+
+def _own(module: nn.Module) -> Linear:
+    part = _part(module)
+    assert isinstance(part, Linear), "`unfit` has looked"
+    return part
 
 
 def _norm(norm: RMSNorm) -> Norm:

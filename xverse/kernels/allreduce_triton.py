@@ -7,8 +7,8 @@ protocol of NCCL, Hu et al. 2025). One way over the link is all that a sum costs
 
 Turns are counted on the device, by each program for itself, so that graphs can be replayed. There
 are two inboxes, used in turn: whoever is in turn t has read all of turn t-1, which the others wrote
-after they had read all of t-2, so that its words may be overwritten. This holds as long as all ranks
-make the same calls in the same order on one stream each. A turn that comes around after 2^32 calls
+after they had read all of t-2, so that its words may be overwritten. This holds as long as every
+rank makes the same calls in the same order, on one stream. After 2^32 calls a turn comes again, and
 could be mistaken only for words that lay untouched for exactly that long.
 
 A program that waits for a rank that is gone waits until `abandoned` is set; there is no time limit.
@@ -26,11 +26,7 @@ from xverse.kernels.multiply_triton import wait_for_input
 REDUCED_ROWS = 64  # above, bandwidth counts and not the way, and NCCL moves fewer bytes
 GATHERED_ROWS = 16
 BLOCK = 1024  # words a program: five programs for a row of 13B
-_TRITON_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -137,10 +133,10 @@ def _finished(total, residual, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _add_parts(
     x_ptr, residual_ptr, out_ptr, peers_ptr, turns_ptr, abandoned_ptr, words, capacity,
-    RANK: tl.constexpr, RANKS: tl.constexpr, DTYPE: tl.constexpr, PAIRED: tl.constexpr,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, DTYPE: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to int32: two numbers of 16 bits each, or one of 32."""
+    """Pointers to int32: two numbers of 16 bits in each."""
     program = tl.program_id(0)
     place = program * BLOCK + tl.arange(0, BLOCK)
     inside = place < words
@@ -159,19 +155,12 @@ def _add_parts(
             word = _receive(
                 peers_ptr, abandoned_ptr, turn, writer, place, inside, capacity, RANK, RANKS
             )
-        if PAIRED:
-            low += _half(word, DTYPE)
-            high += _half(word >> 16, DTYPE)
-        else:
-            low += word.to(tl.float32, bitcast=True)
-    if PAIRED:
-        y_low = _finished(low, _half(residual, DTYPE), RESIDUAL, DTYPE)
-        y_high = _finished(high, _half(residual >> 16, DTYPE), RESIDUAL, DTYPE)
-        bits = y_low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        bits |= y_high.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    else:
-        y = _finished(low, residual.to(tl.float32, bitcast=True), RESIDUAL, DTYPE)
-        bits = y.to(tl.int32, bitcast=True)
+        low += _half(word, DTYPE)
+        high += _half(word >> 16, DTYPE)
+    y_low = _finished(low, _half(residual, DTYPE), RESIDUAL, DTYPE)
+    y_high = _finished(high, _half(residual >> 16, DTYPE), RESIDUAL, DTYPE)
+    bits = y_low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    bits |= y_high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     tl.store(out_ptr + place, bits, inside)
     tl.store(turns_ptr + program, turn)
 
@@ -181,7 +170,7 @@ def _gather_columns(
     x_ptr, out_ptr, peers_ptr, turns_ptr, abandoned_ptr, tokens, share, columns, capacity,
     RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to integers as wide as the numbers; a word carries one."""
+    """Pointers to int16; a word carries one number, so that rows may be of odd width."""
     program = tl.program_id(0)
     place = program * BLOCK + tl.arange(0, BLOCK)
     token, column = place // share, place % share
@@ -200,7 +189,7 @@ def _gather_columns(
                 peers_ptr, abandoned_ptr, turn, writer, place, theirs, capacity, RANK, RANKS
             )
             at = out_ptr + token * columns + writer * share + column
-            tl.store(at, word.to(out_ptr.dtype.element_ty), theirs)
+            tl.store(at, word.to(tl.int16), theirs)
     tl.store(turns_ptr + program, turn)
 
 
@@ -209,12 +198,12 @@ def add_parts(
 ) -> Tensor:
     """The sum of all ranks' x, and the residual on top. Twin: `reference.add_parts`.
 
-    Tensors contiguous, of one dtype, rows an even number of elements. All ranks get the same bits.
-    `pdl` as in `multiply_rows`.
+    Tensors contiguous, of one dtype of 16 bits, an even number of elements in all. All ranks get
+    the same bits. `pdl` as in `multiply_rows`.
     """
     assert x_TD.is_contiguous(), "rows lie one after another"
     assert residual_TD is None or residual_TD.is_contiguous(), "rows lie one after another"
-    words = x_TD.numel() * x_TD.element_size() // 4
+    words = x_TD.numel() // 2
     assert words <= exchange.capacity, "the inbox has room"
     out_TD = torch.empty_like(x_TD)
     _add_parts[(triton.cdiv(words, exchange.block),)](
@@ -223,8 +212,8 @@ def add_parts(
         out_TD.view(torch.int32),
         exchange.peers, exchange.turns, exchange.abandoned, words, exchange.capacity,
         RANK=exchange.rank, RANKS=exchange.ranks, DTYPE=_TRITON_DTYPES[x_TD.dtype],
-        PAIRED=x_TD.element_size() == 2, RESIDUAL=residual_TD is not None,
-        BLOCK=exchange.block, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        RESIDUAL=residual_TD is not None, BLOCK=exchange.block, PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return out_TD
 
@@ -238,10 +227,10 @@ def gather_columns(
     assert x_TN.is_contiguous(), "rows lie one after another"
     assert own == max(0, min(share, columns - exchange.rank * share)), "this rank's share"
     assert tokens * share <= exchange.capacity, "the inbox has room"
-    bits = torch.int32 if x_TN.element_size() == 4 else torch.int16
     out_TV = x_TN.new_empty(tokens, columns)
     _gather_columns[(triton.cdiv(tokens * share, exchange.block),)](
-        x_TN.view(bits), out_TV.view(bits), exchange.peers, exchange.turns, exchange.abandoned,
+        x_TN.view(torch.int16), out_TV.view(torch.int16),
+        exchange.peers, exchange.turns, exchange.abandoned,
         tokens, share, columns, exchange.capacity,
         RANK=exchange.rank, RANKS=exchange.ranks, BLOCK=exchange.block, PDL=pdl,
         num_warps=4, launch_pdl=pdl,

@@ -137,6 +137,11 @@ def add_parts(parts_NTD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
     return y_TD if residual_TD is None else residual_TD + y_TD
 
 
+def gather_columns(parts_NTC: Tensor, columns: int) -> Tensor:
+    """The columns of N ranks side by side, as far as there are any. -> [T, columns]."""
+    return torch.cat(list(parts_NTC), dim=1)[:, :columns]
+
+
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The published XVERSE router: which experts, and how much of each.
 

@@ -1,4 +1,4 @@
-"""MODULE -> ITS PART. The table of what each rank keeps of which layer, and whether it comes out."""
+"""MODULE -> ITS PART. The table of what each rank keeps of which layer, and what divides."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -43,7 +43,7 @@ def part_of(name: str, shape: ModelShape, rank: int, size: int) -> Part | None:
         return None
     side, unit = cut
     if unit == "vocabulary":
-        share = vocabulary_share(shape, size)
+        share = vocabulary_share(shape.vocab_size, size)
         first, last = (min(place * share, shape.vocab_size) for place in (rank, rank + 1))
         return Part(side, first, last, shape.vocab_size)
     if unit == "key heads" and size > shape.num_key_value_heads:
@@ -53,9 +53,9 @@ def part_of(name: str, shape: ModelShape, rank: int, size: int) -> Part | None:
     return Part(side, rank, rank + 1, size)
 
 
-def vocabulary_share(shape: ModelShape, size: int) -> int:
+def vocabulary_share(vocabulary: int, size: int) -> int:
     """Rows of the vocabulary head on each rank; the last one may have fewer."""
-    return -(-shape.vocab_size // size)
+    return -(-vocabulary // size)
 
 
 def local_shape(shape: ModelShape, size: int) -> ModelShape:
