@@ -7,6 +7,8 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from xverse.engine.fused import FusedDecode
 from xverse.engine.memory import pool_tokens
 from xverse.engine.paged import Paged
@@ -18,6 +20,7 @@ from xverse.engine.scheduler import Generation, Scheduler
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.decoder import Decoder
+from xverse.model.shape import ModelShape
 
 Output = Token | Scores | Failed
 
@@ -75,10 +78,7 @@ class Engine:
         self.end_ids = frozenset(end_ids)
         self.options = options or EngineOptions()
         weight = decoder.model.embed_tokens.weight
-        size = self.options.page_size
-        tokens = self.options.kv_tokens or pool_tokens(
-            decoder.shape, weight.dtype, weight.device, self.options.max_running
-        )
+        size, tokens = self.options.page_size, kv_room(decoder.shape, weight, self.options)
         self.pages = Pages(-(-tokens // size), size, share=self.options.share_prefixes)
         self.kv = Paged(
             decoder.shape,
@@ -177,6 +177,13 @@ class Engine:
             return "stop"
         new = len(generation.ids) - len(generation.request.ids)
         return "length" if new == sampling.max_tokens else None
+
+
+def kv_room(shape: ModelShape, weight: Tensor, options: EngineOptions) -> int:
+    """Tokens that an engine of these options keeps, of keys in the dtype of `weight` and on its
+    device: by the memory that is free there, where the options do not say."""
+    wanted = options.kv_tokens
+    return wanted or pool_tokens(shape, weight.dtype, weight.device, options.max_running)
 
 
 def _fixed_rows(decoder: Decoder) -> int:

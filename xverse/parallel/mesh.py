@@ -50,7 +50,9 @@ class Mesh:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
-        with _environment(_local()):
+        # Rank 0 is somebody's own process, which NCCL's watchdog would end with the other ranks.
+        quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+        with _environment(_local() | quiet):
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
             )
@@ -140,8 +142,8 @@ class Mesh:
         """What every rank has, on every rank: [ranks, T, N]."""
         parts = x_TN.new_empty(self.size, *x_TN.shape)
         # As bytes, which every backend moves whatever the dtype.
-        everything = parts.flatten().view(torch.uint8)
-        dist.all_gather_into_tensor(everything, x_TN.contiguous().flatten().view(torch.uint8))
+        places = parts.flatten(1).view(torch.uint8).unbind()
+        dist.all_gather(list(places), x_TN.contiguous().flatten().view(torch.uint8))
         return parts
 
 

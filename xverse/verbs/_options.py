@@ -19,11 +19,20 @@ class ModelOptions:
     quantize: Literal[4, 8] | None = None
     """Round the weights to 8 or 4 bits after loading (the published per-row scheme)."""
 
+    tensor_parallel: int = 1
+    """Spread the model over this many GPUs."""
+
     def load(self, model: str) -> "LLM":
         """The model, ready to answer."""
         from xverse.engine.llm import LLM
 
-        return LLM(model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        return LLM(
+            model,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            tensor_parallel=self.tensor_parallel,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
