@@ -9,9 +9,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
-    products, attention = dispatch.table(CPU, torch.bfloat16)
+    products, attention, sums, gathers = dispatch.table(CPU, torch.bfloat16)
     assert products.call is reference.multiply_rows
     assert attention.call is reference.rotate_store_attend
+    assert sums.call is reference.add_parts
+    assert gathers.call is reference.gather_columns
     assert "this is cpu" in str(products)
 
 
@@ -50,3 +52,19 @@ def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
     assert choice.call is reference.multiply_rows
     assert "17 tokens" in choice.reason
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("gpus", "linked", "why"), [(1, True, "one GPU"), (2, False, "cannot reach"), (2, True, "")]
+)
+def test_sums_need_gpus_that_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, linked: bool, why: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: linked)
+    choice = dispatch.add_parts(CUDA, torch.bfloat16)
+    assert (choice.call is reference.add_parts) == bool(why)
+    assert (choice.implementation == "NCCL") == bool(why)
+    assert why in choice.reason

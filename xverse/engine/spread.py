@@ -89,7 +89,7 @@ class SpreadEngine:
                 raise
             if self._workers.gone.is_set():
                 raise self._workers.failed()  # what was computed without it means nothing
-        self._last = digest(outputs)
+            self._last = digest(outputs)
         return outputs
 
     def close(self) -> None:
@@ -113,8 +113,8 @@ def spread(
     """
     path = resolve(model)
     plan.check(open_checkpoint(path).shape, size)
-    require_alone()
     job = Job(str(path), size, _kind(device, size), dtype, quantize, options)
+    require_alone()
     workers = Workers(job)
     try:
         seat = Seat(job, 0, model)
