@@ -125,8 +125,9 @@ def run(line: Line) -> None:
         seat = Seat(Job.of_message(first["job"]), rank)
         line.send(seat.facts())
         start = line.receive()
-        engine, _ = seat.start(Path(start["meeting"]), start["kv_tokens"])
+        engine, mesh = seat.start(Path(start["meeting"]), start["kv_tokens"])
         follow(engine, line)
+        mesh.close()
     except EOFError:
         return  # rank 0 is gone, or gave up
     except XverseError as error:

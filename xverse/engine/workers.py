@@ -72,18 +72,21 @@ class Workers:
     def close(self) -> None:
         """End all processes, and leave the mesh. Again is no harm."""
         self._closing = True
-        for line in self.lines if self._failure is None else []:
+        mesh, self.mesh = self.mesh, None
+        if self._failure is None:
             with contextlib.suppress(OSError):
-                line.send({"do": "stop"})
+                for line in self.lines:
+                    line.send({"do": "stop"})
+        elif mesh is not None:
+            mesh.abandon()
+        if mesh is not None:
+            mesh.close()  # while the others do
         for process in self.processes:
             try:
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self.mesh is not None:
-            self.mesh.close()
-            self.mesh = None
         for line in self.lines:
             line.end.close()
         self._folder.cleanup()

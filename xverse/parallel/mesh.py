@@ -38,6 +38,7 @@ class Mesh:
         self._sums: Exchange | None = None
         self._gathers: Exchange | None = None
         self._side: torch.cuda.Stream | None = None
+        self._abandoned = False
 
     @classmethod
     def start(cls, meeting: Path, rank: int, size: int, device: torch.device) -> "Mesh":
@@ -61,6 +62,7 @@ class Mesh:
     def reserve(self, hidden: int, vocabulary: int, dtype: torch.dtype) -> None:
         """Make ready for sums of [T, hidden] and gathers to [T, vocabulary]."""
         self.columns = vocabulary
+        self._sums = self._gathers = None
         if self.device.type != "cuda":
             return
         self._add = dispatch.add_parts(self.device, dtype)
@@ -73,8 +75,8 @@ class Mesh:
         why_not = ""
         try:
             words = kernels.REDUCED_ROWS * hidden // 2
-            self._sums = _exchange(self, words)
-            self._gathers = _exchange(self, kernels.GATHERED_ROWS * self._share)
+            self._sums = share_memory(self, words)
+            self._gathers = share_memory(self, kernels.GATHERED_ROWS * self._share)
         except RuntimeError as error:
             why_not = str(error).splitlines()[0]
         if not self.all(not why_not):
@@ -119,6 +121,9 @@ class Mesh:
 
         What is being computed ends with numbers that mean nothing, or with a RuntimeError.
         """
+        if self._abandoned:
+            return
+        self._abandoned = True
         if self._side is not None:
             with torch.cuda.device(self.device), torch.cuda.stream(self._side):
                 for exchange in (self._sums, self._gathers):
@@ -132,7 +137,9 @@ class Mesh:
         """Leave the group. Nothing may be computed on the mesh after it."""
         self._sums = self._gathers = None
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # An aborted group may object to being left.
+            with contextlib.suppress(*[RuntimeError] * self._abandoned):
+                dist.destroy_process_group()
 
     @property
     def _share(self) -> int:
@@ -158,11 +165,12 @@ def require_alone() -> None:
         )
 
 
-def _exchange(mesh: Mesh, words: int) -> "Exchange":
-    """Memory of this GPU that the others write into, and theirs; all ranks ask at once."""
+def share_memory(mesh: Mesh, words: int, block: int | None = None) -> "Exchange":
+    """Memory of this GPU that the others write into, and theirs: each has room for `words` words
+    from every rank. All ranks ask at once. Raises RuntimeError where the GPUs cannot."""
     from torch.distributed import _symmetric_memory as symmetric
 
-    from xverse.kernels.allreduce_triton import Exchange
+    from xverse.kernels.allreduce_triton import BLOCK, Exchange
 
     capacity = -(-words // 16) * 16
     size = Exchange.inbox_words(capacity, mesh.size)
@@ -178,7 +186,8 @@ def _exchange(mesh: Mesh, words: int) -> "Exchange":
     peers = [handle.get_buffer(r, (size,), torch.int64).data_ptr() for r in range(mesh.size)]
     torch.cuda.synchronize(mesh.device)
     mesh.all(True)  # nobody writes before all inboxes are zero
-    return Exchange.of(peers, mesh.rank, capacity, mesh.device, memory=(inbox, handle))
+    memory = (inbox, handle)
+    return Exchange.of(peers, mesh.rank, capacity, mesh.device, memory, block or BLOCK)
 
 
 def _local() -> dict[str, str]:
