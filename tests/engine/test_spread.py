@@ -3,18 +3,22 @@
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.distributed
+import torch
 
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
+from xverse.checkpoint.load import load
 from xverse.engine.engine import EngineOptions
 from xverse.engine.request import Request
 from xverse.engine.spread import SpreadEngine, spread
-from xverse.engine.worker import Job
+from xverse.engine.worker import Job, keep
 from xverse.engine.workers import Workers
+from xverse.parallel.tensor import keep_part
+from xverse.quant.quantize import quantize, quantize_module
 
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=24, ignore_eos=True)
 RANDOM = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=7, max_tokens=24, ignore_eos=True)
@@ -163,6 +167,33 @@ def test_what_a_process_fails_of_is_told(tmp_path: Path) -> None:
     workers.close()
     with pytest.raises(XverseError, match="nowhere"):
         workers.tell({"do": "step"})
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_rank_loads_its_part_of_what_is_rounded_whole(
+    tmp_path: Path, bits: int | None, moe: bool
+) -> None:
+    """Rounded after the cut, a row would have another scale on every rank."""
+    write_published_folder(tmp_path / "model", moe=moe)
+    whole = load(tmp_path / "model", dtype="float32").decoder
+    if bits is not None:
+        quantize(whole, bits)
+    for rank in range(2):
+        job = Job(str(tmp_path / "model"), 2, "cpu", "float32", bits, EngineOptions(kv_tokens=ROOM))
+        found = load(job.model, dtype="float32", keep=partial(keep, job, rank)).decoder
+        modules = dict(found.named_modules())
+        for name, module in whole.named_modules():
+            part = keep_part(name, module, whole.shape, rank, 2)
+            for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+                if "." not in key:
+                    assert torch.equal(getattr(modules[name], key), tensor), f"{name}.{key}"
+
+
+def test_what_is_quantized_is_not_quantized_again(folder: Path) -> None:
+    layer = quantize(load(folder).decoder, 8).model.layers[0].mlp.down_proj
+    with pytest.raises(XverseError, match="quantized already"):
+        quantize_module("model.layers.0.mlp.down_proj", layer, 4)
 
 
 @pytest.mark.parametrize(

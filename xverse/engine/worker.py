@@ -64,10 +64,9 @@ class Seat:
         self.device = job.place(rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        keep = partial(_keep, job, rank)
-        self.model: Model = load(
-            model or job.model, dtype=job.dtype, device=str(self.device), keep=keep
-        )
+        place = str(self.device)
+        part = partial(keep, job, rank)
+        self.model: Model = load(model or job.model, dtype=job.dtype, device=place, keep=part)
         fuse(self.model.decoder)
 
     def facts(self) -> Message:
@@ -87,7 +86,8 @@ class Seat:
         return engine, mesh
 
 
-def _keep(job: Job, rank: int, shape: ModelShape, name: str, module: nn.Module) -> nn.Module:
+def keep(job: Job, rank: int, shape: ModelShape, name: str, module: nn.Module) -> nn.Module:
+    """What a rank keeps of a module that has just been loaded."""
     if job.quantize is not None:  # before it is cut: scales are those of whole rows
         module = quantize_module(name, module, job.quantize)
     return keep_part(name, module, shape, rank, job.size)
