@@ -78,40 +78,52 @@ class Exchange:
 
 
 @triton.jit
-def _inbox(peers_ptr, reader, turn, writer, capacity, RANKS: tl.constexpr):
-    """Where `writer` puts its words for `reader` in this turn."""
-    base = tl.multiple_of(tl.load(peers_ptr + reader), 16).to(tl.pointer_type(tl.int64))
-    side = (turn & 1) * RANKS + writer
-    return base + side.to(tl.int64) * capacity
+def _memory(peers_ptr, rank):
+    """The inboxes in the memory of a rank."""
+    return tl.multiple_of(tl.load(peers_ptr + rank), 16).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _inbox(memory, turn, writer, capacity, RANKS: tl.constexpr):
+    """Where `writer` puts its words in this turn."""
+    return memory + ((turn & 1) * RANKS + writer).to(tl.int64) * capacity
 
 
 @triton.jit
 def _send(
-    own, peers_ptr, turn, place, inside, capacity, RANK: tl.constexpr, RANKS: tl.constexpr
+    own, peers_ptr, neighbour, turn, place, inside, capacity,
+    RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Put data (int32) and turn side by side into the inboxes of all others."""
     tag = turn.to(tl.uint32, bitcast=True).to(tl.int64)
     words = (own.to(tl.int64) << 32) | tag
     for step in tl.static_range(1, RANKS):
-        at = _inbox(peers_ptr, (RANK + step) % RANKS, turn, RANK, capacity, RANKS)
-        tl.store(at + place, words, inside)
+        memory = neighbour
+        if step > 1:
+            memory = _memory(peers_ptr, (RANK + step) % RANKS)
+        tl.store(_inbox(memory, turn, RANK, capacity, RANKS) + place, words, inside)
     tl.debug_barrier()  # the stores are made before any of the loads that wait
 
 
 @triton.jit
+def _missing(words, abandoned_ptr, turn, inside):
+    """How many words are still to come; none if nobody waits any more. One number for the whole
+    program: a part of it may see before the rest that `abandoned` is set."""
+    waiting = tl.load(abandoned_ptr, volatile=True) == 0
+    return tl.sum((inside & (words.to(tl.int32) != turn) & waiting).to(tl.int32))
+
+
+@triton.jit
 def _receive(
-    peers_ptr, abandoned_ptr, turn, writer, place, inside, capacity,
-    RANK: tl.constexpr, RANKS: tl.constexpr,
+    home, abandoned_ptr, turn, writer, place, inside, capacity, RANKS: tl.constexpr
 ):  # fmt: skip
     """The data (int32) that `writer` sends in this turn, as soon as all of it is there."""
-    at = _inbox(peers_ptr, RANK, turn, writer, capacity, RANKS) + place
+    at = _inbox(home, turn, writer, capacity, RANKS) + place
     words = tl.load(at, inside, 0, volatile=True)
-    missing = tl.sum((inside & (words.to(tl.int32) != turn)).to(tl.int32))
-    abandoned = tl.load(abandoned_ptr, volatile=True)
-    while (missing > 0) & (abandoned == 0):
+    missing = _missing(words, abandoned_ptr, turn, inside)
+    while missing > 0:
         words = tl.load(at, inside, 0, volatile=True)
-        missing = tl.sum((inside & (words.to(tl.int32) != turn)).to(tl.int32))
-        abandoned = tl.load(abandoned_ptr, volatile=True)
+        missing = _missing(words, abandoned_ptr, turn, inside)
     return (words >> 32).to(tl.int32)
 
 
@@ -140,10 +152,11 @@ def _add_parts(
     program = tl.program_id(0)
     place = program * BLOCK + tl.arange(0, BLOCK)
     inside = place < words
+    home, neighbour = _memory(peers_ptr, RANK), _memory(peers_ptr, (RANK + 1) % RANKS)
     wait_for_input(PDL)
     turn = tl.load(turns_ptr + program, volatile=True) + 1
     own = tl.load(x_ptr + place, inside, 0)
-    _send(own, peers_ptr, turn, place, inside, capacity, RANK, RANKS)
+    _send(own, peers_ptr, neighbour, turn, place, inside, capacity, RANK, RANKS)
     residual = own
     if RESIDUAL:
         residual = tl.load(residual_ptr + place, inside, 0)
@@ -152,9 +165,7 @@ def _add_parts(
     for writer in tl.static_range(RANKS):
         word = own
         if writer != RANK:
-            word = _receive(
-                peers_ptr, abandoned_ptr, turn, writer, place, inside, capacity, RANK, RANKS
-            )
+            word = _receive(home, abandoned_ptr, turn, writer, place, inside, capacity, RANKS)
         low += _half(word, DTYPE)
         high += _half(word >> 16, DTYPE)
     y_low = _finished(low, _half(residual, DTYPE), RESIDUAL, DTYPE)
@@ -177,17 +188,16 @@ def _gather_columns(
     known = token < tokens
     count = tl.minimum(columns - RANK * share, share)  # the last rank may have fewer
     mine = known & (column < count)
+    home, neighbour = _memory(peers_ptr, RANK), _memory(peers_ptr, (RANK + 1) % RANKS)
     wait_for_input(PDL)
     turn = tl.load(turns_ptr + program, volatile=True) + 1
     own = tl.load(x_ptr + token * count + column, mine, 0)
-    _send(own.to(tl.int32), peers_ptr, turn, place, mine, capacity, RANK, RANKS)
+    _send(own.to(tl.int32), peers_ptr, neighbour, turn, place, mine, capacity, RANK, RANKS)
     tl.store(out_ptr + token * columns + RANK * share + column, own, mine)
     for writer in tl.static_range(RANKS):
         if writer != RANK:
             theirs = known & (writer * share + column < columns)
-            word = _receive(
-                peers_ptr, abandoned_ptr, turn, writer, place, theirs, capacity, RANK, RANKS
-            )
+            word = _receive(home, abandoned_ptr, turn, writer, place, theirs, capacity, RANKS)
             at = out_ptr + token * columns + writer * share + column
             tl.store(at, word.to(tl.int16), theirs)
     tl.store(turns_ptr + program, turn)
