@@ -4,7 +4,7 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -109,8 +109,14 @@ class Engine:
         end_ids: Collection[int] = (),
         options: EngineOptions | None = None,
         tokenizer: Tokenizer | None = None,
+        least: Callable[[int], int] | None = None,
     ) -> None:
-        """`tokenizer` is needed for grammars, and for nothing else."""
+        """`tokenizer` is needed for grammars, and for nothing else.
+
+        `least` is for an engine that computes a part of what several do together: the least of a
+        number that each of them gives. What they do then follows from what is asked alone.
+        """
+        self._least = least
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         weight = decoder.model.embed_tokens.weight
@@ -251,6 +257,10 @@ class Engine:
         """As asked, or by the machine; on a GPU beside the largest steps, which are tried out."""
         if self.options.kv_tokens is not None:
             return self.options.kv_tokens
+        room = self._room()
+        return room if self._least is None else self._least(room)
+
+    def _room(self) -> int:
         shape, dtype = self.decoder.shape, self._kv_type()
         device = self.decoder.model.embed_tokens.weight.device
         runner = self._runner(self._pool(0))
@@ -265,8 +275,8 @@ class Engine:
         try:
             flight = self.runner.launch(chunks)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+            if self._least is not None or not out_of_memory(error):
+                raise  # the others would go on with a request that was given up here
             last = max(chunk.generation.number for chunk in chunks)
             self.abort(last)
             if torch.cuda.is_available():
