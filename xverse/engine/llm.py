@@ -28,6 +28,7 @@ class LLM:
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
     Threads may share an LLM: what they ask for is computed together. On a CPU that changes no bit
     of an answer; with `deterministic` it never does, and common beginnings are computed once.
+    `tokenizer` names another folder to take the tokenizer from.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class LLM:
         kv_tokens: int | None = None,
         kv_dtype: Literal["auto", "fp8"] = "auto",
         deterministic: bool = False,
+        tokenizer: str | Path | None = None,
     ) -> None:
-        self.model = load(model, dtype=dtype, device=device)
+        self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
         if quantize is not None:
             quantize_decoder(self.model.decoder, quantize)
         self.decoder = fuse(self.model.decoder)

@@ -1,7 +1,8 @@
-"""MESSAGES <-> BUBBLES. The chat page: one conversation a browser tab, answered as it is written."""
+"""MESSAGES <-> BUBBLES. The chat page: one conversation a tab, answered as it is written."""
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import gradio as gr
 
@@ -116,7 +117,10 @@ class ChatPage:
             latex_delimiters=MATH,
             feedback_options=None,
             placeholder=f"<h2>{words.welcome}</h2>",
-            examples=[{"text": e.text, "display_text": e.title} for e in words.examples],
+            examples=[
+                {"text": each.text, "display_text": f"{each.title}\n{each.text}"}
+                for each in words.examples
+            ],
         )
         # What Gradio's API calls `message` and `exec`: the boxes are emptied before they are sent.
         message = gr.Textbox("", visible=False)
@@ -139,18 +143,24 @@ class ChatPage:
             stop = gr.Button(words.stop, variant="stop", elem_id="stop", scale=0, visible=False)
         with gr.Accordion(words.advanced, open=False, elem_id="settings"):
             with gr.Row():
-                about = {"label": words.system, "info": words.system_info, "elem_id": "system"}
-                system = gr.Textbox("", lines=2, **about)
-                about = {"label": words.exec, "info": words.exec_info, "elem_id": "exec"}
-                exec = gr.Textbox("", lines=2, **about)
+                system = gr.Textbox(
+                    "", label=words.system, info=words.system_info, lines=2, elem_id="system"
+                )
+                exec = gr.Textbox(
+                    "", label=words.exec, info=words.exec_info, lines=2, elem_id="exec"
+                )
             with gr.Row():
                 sliders = chat_sliders(words, self.client.defaults, self.client.context)
         gr.HTML(f'<div class="hint">{words.hint}</div>', padding=False)
 
         settings = [*sliders, talk]
         grown = [chatbot, talk]
-        hidden = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-        answer = {"show_progress": "hidden", "concurrency_limit": None}
+        hidden: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "queue": False,
+        }
+        answer: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         taken = gr.on(
             [box.submit, send.click],
             self.take,
@@ -176,7 +186,8 @@ class ChatPage:
             said = event(again, [system, *settings], grown, api_visibility="private", **answer)
             said.then(_idle, None, [send, stop], **hidden)
         stop.click(self.stop, None, None, **hidden)
-        reset.click(self.reset, None, [chatbot, talk, box, exec], **hidden)
+        for event in (reset.click, chatbot.clear):
+            event(self.reset, None, [chatbot, talk, box, exec], **hidden)
 
     def _answer(
         self, talk: Conversation, asked: Conversation, sampling: Sampling, request: gr.Request

@@ -59,7 +59,7 @@ class InProcess:
         return self._llm.stream(prompt, sampling)
 
 
-def paced(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def paced(pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
     """The same text in fewer pieces, none sooner than PACE_S after the one before it. `tokens` are
     left out. Closing it closes `pieces`."""
     text, shown_at = "", float("-inf")

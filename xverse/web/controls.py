@@ -1,6 +1,7 @@
 """SLIDERS -> SAMPLING. The controls that say how tokens are chosen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 
@@ -15,12 +16,13 @@ def chat_sliders(words: Words, defaults: Sampling, context: int) -> list[gr.Slid
     usual = min(defaults.max_tokens or 1024, longest)
     temperature, top_k, top_p = defaults.temperature, defaults.top_k, defaults.top_p
     penalty = defaults.repetition_penalty
+    wide: dict[str, Any] = {"min_width": 240}  # three in a row, then two
     return [
-        gr.Slider(1, longest, usual, step=1, label=words.max_new_tokens),
-        gr.Slider(0, 2, temperature, step=0.05, label=words.temperature, info=words.colder),
-        gr.Slider(0, 100, top_k, step=1, label=words.top_k, info=words.fewer),
-        gr.Slider(0, 1, top_p, step=0.01, label=words.top_p, info=words.likelier),
-        gr.Slider(1, 2, penalty, step=0.01, label=words.penalty, info=words.rarer),
+        gr.Slider(1, longest, usual, step=1, label=words.max_new_tokens, **wide),
+        gr.Slider(0, 2, temperature, step=0.05, label=words.temperature, info=words.colder, **wide),
+        gr.Slider(0, 100, top_k, step=1, label=words.top_k, info=words.fewer, **wide),
+        gr.Slider(0, 1, top_p, step=0.01, label=words.top_p, info=words.likelier, **wide),
+        gr.Slider(1, 2, penalty, step=0.01, label=words.penalty, info=words.rarer, **wide),
     ]
 
 

@@ -71,5 +71,3 @@ async def _redirect(place: str, send: Send) -> None:
     headers = [(b"location", place.encode()), (b"vary", b"Accept-Language")]
     await send({"type": "http.response.start", "status": 307, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
-
-

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import gradio as gr
 
@@ -81,7 +82,11 @@ class GenerationPage:
                 sliders = generation_sliders(words)
                 gr.Examples([[text] for text in words.prompts], [prompt], label=words.try_one)
 
-        hidden = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+        hidden: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "queue": False,
+        }
         start.click(_busy, None, [start, stop], **hidden)
         wrote = start.click(
             self.generate,

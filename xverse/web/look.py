@@ -15,20 +15,23 @@ FONTS = (
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 CSS = """
-:root { --page: 56rem; }
+:root { --page: 56rem; --rest: 18.6rem; }
+.solo { --rest: 15.4rem; }
 footer { display: none !important; }
-.gradio-container { max-width: 100% !important; padding: 0 !important; }
-.gradio-container > main, main.fillable { padding: 0 !important; max-width: 100% !important; }
-.page { width: 100%; max-width: var(--page); margin: 0 auto !important; padding: 0 1rem 1rem; }
+.gradio-container .main.fillable { padding: 0 !important; max-width: 100% !important; }
+.gradio-container .main .contain > .column { gap: 0; }
+.page { width: 100%; max-width: var(--page); margin: 0 auto !important; padding: 0 1rem .75rem; }
+.page .tabitem { padding: .75rem 0 0; }
+button.lg, button.md { font-weight: 600; font-size: .95rem; }
 
-#top { width: 100%; max-width: var(--page); margin: 0 auto; padding: .9rem 1rem .5rem;
+#top { width: 100%; max-width: var(--page); margin: 0 auto; padding: .8rem 1rem .45rem;
   flex: none; overflow: visible; }
 #top .bar { display: flex; align-items: center; gap: .75rem; }
 #top .mark { font-weight: 750; letter-spacing: .12em; font-size: 1.05rem;
   background: linear-gradient(90deg, #2563eb, #7c3aed 60%, #db2777);
   -webkit-background-clip: text; background-clip: text; color: transparent; }
 #top .model { color: var(--body-text-color-subdued); font-size: .9rem; white-space: nowrap;
-  overflow: hidden; text-overflow: ellipsis; padding-left: .75rem;
+  overflow: hidden; text-overflow: ellipsis; padding-left: .75rem; min-width: 0;
   border-left: 1px solid var(--border-color-primary); }
 #top .right { margin-left: auto; display: flex; align-items: center; gap: .15rem; flex: none; }
 #top a, #top button { color: var(--body-text-color-subdued); text-decoration: none;
@@ -39,17 +42,27 @@ footer { display: none !important; }
 #top a[aria-current] { color: var(--body-text-color); font-weight: 650; }
 
 #talk { border: 0 !important; background: none !important; box-shadow: none !important;
-  min-height: 16rem; }
-#talk .bubble-wrap { background: none !important; padding-top: .5rem; }
-#talk .message-wrap { padding: 0 !important; }
-#talk .user.message, #talk .user .message-content { font-size: 1rem; }
-#talk .bot.message { background: none !important; border: 0 !important; box-shadow: none !important;
-  padding-left: 0 !important; }
-#talk .user.message { border: 0 !important; border-radius: 1.15rem 1.15rem .35rem 1.15rem !important;
-  box-shadow: none !important; }
-#talk .example { border-radius: .9rem; }
+  height: calc(100dvh - var(--rest)); min-height: 17rem; }
+#talk .top-panel { display: none; }
+#talk .bubble-wrap { background: none !important; padding-top: .25rem; }
+#talk .message-wrap { padding: 0 .25rem !important; }
+#talk .message-row { max-width: 100%; margin: .35rem 0; }
+#talk .placeholder-content { justify-content: center; }
+#talk .placeholder { flex: 0 0 auto; height: auto; padding-bottom: 1.2rem; }
+#talk .bot.message { background: none !important; border: 0 !important; padding-left: 0;
+  box-shadow: none !important; max-width: 100%; color: var(--body-text-color); }
+#talk .bot-row .flex-wrap { max-width: 100% !important; }
+#talk .user.message { border: 0 !important; box-shadow: none !important; padding: .25rem .7rem;
+  border-radius: 1.15rem 1.15rem .35rem 1.15rem !important; color: var(--body-text-color); }
+#talk .message-buttons-left { margin-left: 0; padding-left: 0; }
+#talk .message-buttons .icon-button-wrapper { border: 0; background: none; box-shadow: none; }
+#talk .example { border-radius: .9rem; padding: .8rem .95rem; align-items: flex-start; }
+#talk .example-text { white-space: pre-line; line-height: 1.45; display: block;
+  color: var(--body-text-color-subdued); font-size: .84rem; text-align: left; }
+#talk .example-text::first-line { color: var(--body-text-color); font-weight: 600;
+  font-size: .92rem; }
 
-#ask { align-items: flex-end; gap: .5rem; padding: .4rem .45rem .4rem .35rem; flex-wrap: nowrap;
+#ask { align-items: flex-end; gap: .4rem; padding: .4rem .45rem .4rem .35rem; flex-wrap: nowrap;
   border: 1px solid var(--border-color-primary); border-radius: 1.4rem;
   background: var(--block-background-fill); box-shadow: 0 1px 10px rgb(15 23 42 / .07);
   flex: none; overflow: visible; }
@@ -57,10 +70,12 @@ footer { display: none !important; }
 #ask .block, #ask .form { background: none; border: 0 !important; box-shadow: none !important;
   padding: 0; min-width: 0 !important; }
 #ask textarea { background: none !important; border: 0 !important; box-shadow: none !important;
-  padding: .5rem .6rem; font-size: 1rem; }
-#ask button { border-radius: 999px; min-width: 4.6rem; flex: none; height: 2.5rem; }
+  padding: .45rem .6rem; font-size: 1rem; }
+#ask button { border-radius: 999px; min-width: 4.4rem; flex: none; height: 2.4rem; }
+#ask #reset { background: none; color: var(--body-text-color-subdued); }
+#ask #reset:hover { background: var(--background-fill-secondary); color: var(--body-text-color); }
 #settings { border-radius: 1rem; flex: none; }
-.hint { color: var(--body-text-color-subdued); font-size: .78rem; text-align: center; flex: none; }
+.hint { color: var(--body-text-color-subdued); font-size: .78rem; text-align: center; }
 
 #written textarea, #prompt textarea { font-size: 1rem; line-height: 1.6; }
 .buttons { gap: .5rem; }
@@ -68,9 +83,15 @@ footer { display: none !important; }
 @media (max-width: 640px) {
   .page { padding: 0 .6rem .6rem; }
   #top { padding: .6rem .7rem .3rem; }
-  #top .model { font-size: .8rem; }
-  #top a, #top button { padding: .45rem .4rem; }
-  #ask button { min-width: 3.6rem; padding: 0 .7rem; }
+  #top .model { font-size: .8rem; padding-left: .5rem; }
+  #top .bar { gap: .5rem; }
+  #top a, #top button { padding: .45rem .35rem; font-size: .78rem; }
+  :root { --rest: 21rem; }
+  .solo { --rest: 18rem; }
+  #talk .examples { grid-template-columns: 1fr 1fr; gap: .5rem; padding: .25rem; }
+  #ask { flex-wrap: wrap; justify-content: flex-end; }
+  #ask > .block { flex: 1 0 100% !important; }
+  #ask button { height: 2.2rem; }
 }
 """
 

@@ -33,7 +33,7 @@ def blocks(client: Client, *, page: Page, lang: str, languages: tuple[str, ...])
         title=client.title, fill_height=True, fill_width=True, analytics_enabled=False
     ) as built:
         gr.HTML(_top(client.title, lang, languages), padding=False, elem_id="top")
-        with gr.Column(elem_classes="page", scale=1):
+        with gr.Column(elem_classes="page" if page == "both" else "page solo", scale=1):
             if page == "chat":
                 ChatPage(client, words, sessions).build()
             elif page == "generate":
@@ -98,6 +98,18 @@ def serve(
     auth: tuple[str, str] | None = None,
 ) -> None:
     """Serve the pages at a socket from `listen`, until interrupted."""
+    server(client, at, page=page, lang=lang, auth=auth).run(sockets=[at])
+
+
+def server(
+    client: Client,
+    at: socket.socket,
+    *,
+    page: Page = "both",
+    lang: Lang = "auto",
+    auth: tuple[str, str] | None = None,
+) -> uvicorn.Server:
+    """What `serve` runs."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount(app, client, path="/", page=page, lang=lang, auth=auth)
     host, port = at.getsockname()[:2]
@@ -107,7 +119,7 @@ def serve(
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3
     )
-    uvicorn.Server(config).run(sockets=[at])
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
