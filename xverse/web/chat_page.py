@@ -31,7 +31,7 @@ class ChatPage:
 
     def take(self, box: str, exec: str, request: gr.Request) -> tuple[str, str, str, str]:
         """What stays in the two boxes, and what is sent of them: a result of a call goes alone."""
-        with told(self.words.error):
+        with told():
             self.sessions.refuse_if_busy(request.session_hash)
             Conversation().asked(box, exec=exec)
         return (box, "", "", exec) if exec.strip() else ("", "", box, "")
@@ -53,7 +53,7 @@ class ChatPage:
         session goes on with each call. `system` counts on its first turn; `exec`, unless empty, is
         sent as the result of a function call instead of the message."""
         sliders = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        with told(self.words.error):
+        with told():
             asked = talk.asked(message, system=system, exec=exec)
             yield from self._answer(talk, asked, chat_sampling(sliders), request)
 
@@ -71,7 +71,7 @@ class ChatPage:
     ) -> Growing:
         """Answer a message once more, and forget what followed it."""
         sliders = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        with told(self.words.error):
+        with told():
             asked = talk.asked_again(_place(data), system=system)
             yield from self._answer(talk, asked, chat_sampling(sliders), request)
 
@@ -89,7 +89,7 @@ class ChatPage:
     ) -> Growing:
         """Answer what a message now says, and forget what followed it."""
         sliders = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        with told(self.words.error):
+        with told():
             asked = talk.asked_again(_place(data), system=system, text=str(data.value))
             yield from self._answer(talk, asked, chat_sampling(sliders), request)
 
@@ -155,22 +155,21 @@ class ChatPage:
 
         settings = [*sliders, talk]
         grown = [chatbot, talk]
-        hidden: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "queue": False,
-        }
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        hidden = {**quiet, "queue": False}
         answer: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+        buttons = [send, stop]
         taken = gr.on(
             [box.submit, send.click],
             self.take,
             [box, exec],
             [box, exec, message, result],
-            **hidden,
+            **quiet,  # through the queue: only so are errors shown in words
+            concurrency_limit=None,
         )
         picked = chatbot.example_select(_picked, None, [message, result], **hidden)
         for first, visibility in ((taken, "public"), (picked, "private")):
-            busy = first.success(_busy, None, [send, stop], **hidden)
+            busy = first.success(_busy, None, buttons, **hidden)
             said = busy.then(
                 self.chat,
                 [message, system, result, *settings],
@@ -179,12 +178,14 @@ class ChatPage:
                 api_visibility=visibility,
                 **answer,
             )
-            said.then(_idle, None, [send, stop], **hidden)
-            said.failure(_give_back, [message, result, box, exec], [box, exec], **hidden)
+            said.success(_idle, None, buttons, **hidden)
+            back = [message, result, box, exec]
+            said.failure(_give_back, back, [box, exec, *buttons], **hidden)
         for event, again in ((chatbot.retry, self.retry), (chatbot.edit, self.edit)):
-            event(_busy, None, [send, stop], **hidden)
+            event(_busy, None, buttons, **hidden)
             said = event(again, [system, *settings], grown, api_visibility="private", **answer)
-            said.then(_idle, None, [send, stop], **hidden)
+            said.success(_idle, None, buttons, **hidden)
+            said.failure(_idle, None, buttons, **hidden)
         stop.click(self.stop, None, None, **hidden)
         for event in (reset.click, chatbot.clear):
             event(self.reset, None, [chatbot, talk, box, exec], **hidden)
@@ -243,6 +244,8 @@ def _idle() -> tuple[gr.Button, gr.Button]:
     return gr.Button(visible=True), gr.Button(visible=False)
 
 
-def _give_back(message: str, result: str, box: str, exec: str) -> tuple[str, str]:
+def _give_back(
+    message: str, result: str, box: str, exec: str
+) -> tuple[str, str, gr.Button, gr.Button]:
     """What could not be sent, back in its box, unless something new is written there."""
-    return box or message, exec or result
+    return box or message, exec or result, *_idle()

@@ -29,7 +29,7 @@ class GenerationPage:
     ) -> Iterator[str]:
         """Continue a text; the continuation as it grows. temperature 0 is greedy, top_k 0 off."""
         sliders = (max_new_tokens, temperature, top_k, top_p)
-        with told(self.words.error), self.sessions.answering(request.session_hash) as running:
+        with told(), self.sessions.answering(request.session_hash) as running:
             sampling, text = generation_sampling(sliders), ""
             yield text
             with closing(paced(self.client.stream_text(prompt, sampling))) as pieces:
@@ -96,7 +96,8 @@ class GenerationPage:
             show_progress="hidden",
             concurrency_limit=None,
         )
-        wrote.then(_idle, None, [start, stop], **hidden)
+        wrote.success(_idle, None, [start, stop], **hidden)
+        wrote.failure(_idle, None, [start, stop], **hidden)
         stop.click(self.stop, None, None, **hidden)
         clear.click(self.clear, None, [prompt, written], **hidden)
 

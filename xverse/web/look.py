@@ -18,6 +18,8 @@ CSS = """
 :root { --page: 56rem; --rest: 18.6rem; }
 .solo { --rest: 15.4rem; }
 footer { display: none !important; }
+/* Errors are told in words, at the corner of the page; nothing covers the conversation. */
+[data-testid="status-tracker"]:has(.error) { display: none !important; }
 .gradio-container .main.fillable { padding: 0 !important; max-width: 100% !important; }
 .gradio-container .main .contain > .column { gap: 0; }
 .page { width: 100%; max-width: var(--page); margin: 0 auto !important; padding: 0 1rem .75rem; }

@@ -60,13 +60,13 @@ class Sessions:
 
 
 @contextmanager
-def told(title: str) -> Iterator[None]:
-    """What a person can mend is shown on the page, under `title`; all else is ours to mend."""
+def told() -> Iterator[None]:
+    """What a person can mend is shown on the page in words; all else is ours to mend."""
     try:
         yield
     except XverseError as error:
         message = f"{error.what} {error.why} {error.fix}"
-        raise gr.Error(html.escape(message), title=title, print_exception=False) from error
+        raise gr.Error(html.escape(message), print_exception=False) from error
 
 
 def _busy() -> XverseError:

@@ -35,7 +35,6 @@ class Words:
     cut: str
     examples: tuple[Example, ...]
     # both
-    error: str
     max_new_tokens: str
     temperature: str
     colder: str
@@ -82,7 +81,6 @@ ZH = Words(
         Example("多语言", "把“海内存知己，天涯若比邻”翻译成英语、法语和日语。"),
         Example("写作", "为一家海边的小书店写一段 100 字左右的介绍。"),
     ),
-    error="没有成功",
     max_new_tokens="最大生成长度 max_new_tokens",
     temperature="温度 temperature",
     colder="越高越随机；0 总是取最可能的词。",
@@ -131,7 +129,6 @@ EN = Words(
         Example("Languages", "Translate “A friend in need is a friend indeed” into French."),
         Example("Writing", "Describe a small bookshop by the sea, in about 80 words."),
     ),
-    error="That did not work",
     max_new_tokens="max_new_tokens",
     temperature="temperature",
     colder="Higher is more random; 0 always takes the likeliest token.",
@@ -180,7 +177,6 @@ JA = Words(
         Example("多言語", "「一期一会」の意味を英語と中国語で説明してください。"),
         Example("文章", "海辺の小さな本屋を100字ほどで紹介してください。"),
     ),
-    error="うまくいきませんでした",
     max_new_tokens="最大生成長 max_new_tokens",
     temperature="温度 temperature",
     colder="高いほどランダムになります。0 は常に最も確からしい語を選びます。",
