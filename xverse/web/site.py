@@ -43,12 +43,6 @@ def blocks(client: Client, *, page: Page, lang: str, languages: tuple[str, ...])
                     ChatPage(client, words, sessions).build()
                 with gr.Tab(words.generation):
                     GenerationPage(client, words, sessions).build()
-
-        def leave(request: gr.Request) -> None:
-            """The tab was closed: nobody reads the answer."""
-            sessions.stop(request.session_hash, forget=True)
-
-        built.unload(leave)
     built.max_threads = ANSWERS_AT_ONCE
     return built.queue(max_size=WAITING, default_concurrency_limit=None)
 
@@ -69,9 +63,10 @@ def mount(
     """
     languages = tuple(LANGUAGES) if lang == "auto" else (lang,)
     for language in languages:
+        built = blocks(client, page=page, lang=language, languages=languages)
         gr.mount_gradio_app(
             app,
-            blocks(client, page=page, lang=language, languages=languages),
+            built,
             path=f"{path.rstrip('/')}/{language}",
             auth=auth,
             theme=theme(),
@@ -85,6 +80,9 @@ def mount(
             enable_monitoring=False,
             max_file_size=1,  # the pages take no files
         )
+        # A browser opens six connections to a server, for all its tabs. Each answer takes one; a
+        # heartbeat would take another of every tab, and four tabs would wait for each other.
+        built.config["connect_heartbeat"] = False
     first = tuple(sorted(languages, key=lambda language: language != FALLBACK))
     app.add_middleware(Front, path=path, languages=first)
 
