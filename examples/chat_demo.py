@@ -6,17 +6,23 @@ python examples/chat_demo.py --port 36000 --model_path ./XVERSE-7B-Chat
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 
-def main(args: Sequence[str] | None = None, *, page: str = "chat") -> int:
-    """Serve one page. Exit codes: 0 ended, 1 failed, 2 a flag that is not known."""
-    defaults = {"chat": (36000, "./XVERSE-7B-Chat"), "generate": (20014, "./XVERSE-7B")}
-    port, model = defaults[page]
+def main(args: Sequence[str] | None = None) -> int:
+    """Serve the page. Exit codes: 0 ended, 1 failed, 2 a flag that is not known."""
+    return serve_page("chat", args, port=36000, model="./XVERSE-7B-Chat")
+
+
+def serve_page(
+    page: Literal["chat", "generate"], args: Sequence[str] | None, *, port: int, model: str
+) -> int:
+    """What both scripts do, with the port and the model that each has by default."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--port", type=int, default=port, help="port to listen at")
-    parser.add_argument("--model_path", default=model, help="folder of the model")
-    parser.add_argument("--tokenizer_path", help="folder of the tokenizer; by default the model's")
-    parser.add_argument("--title", help="what the page calls the model")
+    parser.add_argument("--port", type=int, default=port, help=f"port to listen at ({port})")
+    parser.add_argument("--model_path", default=model, help=f"folder of the model ({model})")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer (the model's)")
+    parser.add_argument("--title", help="what the page calls the model (the folder's name)")
     config = parser.parse_args(args)
 
     from xverse.engine.llm import LLM
@@ -29,7 +35,7 @@ def main(args: Sequence[str] | None = None, *, page: str = "chat") -> int:
             llm = LLM(config.model_path, tokenizer=config.tokenizer_path)
             client = InProcess(llm, config.title)
             print(f"{client.title} is at http://127.0.0.1:{at.getsockname()[1]}/", flush=True)
-            serve(client, at, page="chat" if page == "chat" else "generate")
+            serve(client, at, page=page)
     except XverseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
