@@ -56,7 +56,7 @@ button.lg, button.md { font-weight: 600; font-size: .95rem; }
 #talk .bot-row .flex-wrap { max-width: 100% !important; }
 #talk .user.message { border: 0 !important; box-shadow: none !important; padding: .25rem .7rem;
   border-radius: 1.15rem 1.15rem .35rem 1.15rem !important; color: var(--body-text-color); }
-#talk .message-buttons-left { margin-left: 0; padding-left: 0; }
+#talk .message-buttons, #talk .message-buttons > * { margin: 0 !important; padding: 0 !important; }
 #talk .message-buttons .icon-button-wrapper { border: 0; background: none; box-shadow: none; }
 #talk .example { border-radius: .9rem; padding: .8rem .95rem; align-items: flex-start; }
 #talk .example-text { white-space: pre-line; line-height: 1.45; display: block;
