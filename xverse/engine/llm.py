@@ -32,6 +32,7 @@ class LLM:
     CPU), each of which computes a part of every layer. Threads may share an LLM: what they ask for
     is computed together. On a CPU that changes no bit of an answer; with `deterministic` it never
     does, and common beginnings are computed once.
+    `tokenizer` names another folder to take the tokenizer from.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class LLM:
         kv_dtype: Literal["auto", "fp8"] = "auto",
         deterministic: bool = False,
         tensor_parallel: int = 1,
+        tokenizer: str | Path | None = None,
     ) -> None:
         options = EngineOptions(
             kv_tokens=kv_tokens,
@@ -57,7 +59,7 @@ class LLM:
         self.model: Model
         self.engine: Engine | SpreadEngine
         if tensor_parallel == 1:
-            self.model = load(model, dtype=dtype, device=device)
+            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
             fuse(self.model.decoder)
@@ -66,6 +68,12 @@ class LLM:
                 end_ids=self.model.end_ids,
                 options=options,
                 tokenizer=self.model.tokenizer,
+            )
+        elif tokenizer is not None:
+            raise XverseError(
+                "A model over several devices cannot take another folder's tokenizer.",
+                "Each of its processes reads the one of the model's folder.",
+                "Leave tokenizer or tensor_parallel out.",
             )
         else:
             self.model, self.engine = spread(
