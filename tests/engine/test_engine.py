@@ -65,6 +65,7 @@ def stories(draw: st.DrawFn) -> dict[str, object]:
         "step_tokens": draw(st.integers(rows, rows + 40)),
         "kv_tokens": draw(st.integers(56, 200)),
         "share_prefixes": draw(st.booleans()),
+        "speculate": draw(st.sampled_from([0, 1, 8])),
         "seed": draw(st.integers(0, 2**32)),
     }
 

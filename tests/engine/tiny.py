@@ -1,7 +1,10 @@
 """A decoder small enough for hundreds of steps, and what the plain decoder says."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
+
+import torch
 
 from xverse.engine.request import Sampling
 from xverse.engine.simple import decode
@@ -32,6 +35,15 @@ def dynamic_decoder() -> Decoder:
     """Trained on 16 tokens, stretched to 64 by rope that follows the length of a sequence."""
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     return _random(CONFIG | {"max_position_embeddings": 16, "rope_scaling": scaling})
+
+
+@cache
+def repeating_decoder(dtype: torch.dtype = torch.float32, *, dynamic: bool = False) -> Decoder:
+    """Attention whispers only, so that answers run in circles: there is something to guess."""
+    decoder = deepcopy(dynamic_decoder() if dynamic else tiny_decoder())
+    for block in decoder.model.layers:
+        block.self_attn.o_proj.weight.mul_(0.01)
+    return decoder.to(dtype)
 
 
 def _random(config: dict[str, object]) -> Decoder:

@@ -15,7 +15,9 @@ from xverse.engine.request import Failed, Finish, Request, Scores, Token
 from xverse.engine.runner import Choice, run_step
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Generation, Scheduler
+from xverse.engine.speculate import Speculation
 from xverse.errors import XverseError
+from xverse.kernels.multiply import ROWS
 from xverse.log import logger
 from xverse.model.decoder import Decoder
 
@@ -30,6 +32,8 @@ class EngineOptions:
     `deterministic`: equal to the last bit, alone or among others, at some cost in speed.
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
     in another shape, its last bits differ, unless `deterministic`.
+    `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
+    beside the one that is due, while few run; answers stay the same. 0 is off.
     """
 
     kv_tokens: int | None = None
@@ -38,6 +42,7 @@ class EngineOptions:
     max_running: int = 64
     deterministic: bool = False
     share_prefixes: bool = True
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -48,6 +53,13 @@ class EngineOptions:
                     "It counts tokens or sequences.",
                     "Give a whole number of at least 1.",
                 )
+        if type(self.speculate) is not int or not 0 <= self.speculate < ROWS:
+            raise XverseError(
+                f"speculate cannot be {self.speculate!r:.60}.",
+                f"It is a whole number from 0 to {ROWS - 1}: with the token that is due, what a "
+                "product computes at the price of one.",
+                "Give 8, or 0 to guess nothing.",
+            )
         if self.max_running > self.step_tokens:
             raise XverseError(
                 f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
@@ -91,6 +103,7 @@ class Engine:
         self._fused = FusedDecode.of(decoder, self.kv, spare=self.pages.count)
         self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
         logger.info("the KV cache has room for %d tokens", self.capacity)
+        self.speculation = Speculation(self.options.speculate)
         self._generations: dict[int, Generation] = {}
         self._next = 0
 
@@ -137,10 +150,14 @@ class Engine:
         assert chunks or not self.busy, "whoever fits at all fits when alone"
         if not chunks:
             return []
+        if self.options.speculate:
+            chunks = self.speculation.extend(self.scheduler, chunks)
         choices = run_step(self.decoder, self.kv, chunks, self._fused)
         self.scheduler.computed(chunks)
         choices.sort(key=lambda choice: choice[0].number)
-        return [output for choice in choices for output in self._take(*choice)]
+        outputs = [output for choice in choices for output in self._take(*choice)]
+        self.speculation.settle(self.scheduler, self.kv, chunks)
+        return outputs
 
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
@@ -152,6 +169,8 @@ class Engine:
 
     def _take(self, generation: Generation, choice: Choice) -> Iterator[Output]:
         number, request = generation.number, generation.request
+        if number not in self._generations:
+            return  # it ended within its draft
         first = len(generation.ids) == len(request.ids)
         if first and any(map(math.isnan, generation.scores)):
             choice = not_a_number()

@@ -23,17 +23,20 @@ class Part:
     """What one sequence brings to a step: `count` new tokens after `held` ones, in `pages`.
 
     Rope that scales with the length counts at least the `prompt`'s tokens, however it is cut.
+    Tokens that come `apart` are attended to as each would be in a step of its own, to the bit.
     """
 
     pages: Sequence[int]
     held: int
     count: int
     prompt: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbours in the row that are attended to in one call."""
+    """Neighbours in the row that are attended to in one call: B of one token each, whose table may
+    be the same one; or several tokens of one sequence."""
 
     rows: slice
     tables_BP: Tensor
@@ -132,6 +135,14 @@ class Paged:
             self.keys.index_fill_(1, pages, 0)
             self.values.index_fill_(1, pages, 0)
 
+    def erase(self, pages: Sequence[int], first: int, last: int) -> None:
+        """Zero the places from `first` to before `last` of a sequence, for the same reason."""
+        if first < last:
+            places = torch.arange(first, last, device=self.device)
+            page, slot = self._tensor(pages)[places // self.page_size], places % self.page_size
+            self.keys[:, page, :, slot] = 0
+            self.values[:, page, :, slot] = 0
+
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
         start = 0
         for _, members in groupby(enumerate(parts), self._alike):
@@ -144,6 +155,8 @@ class Paged:
                 for part, tokens in zip(group, seen, strict=True)
             ]
             count = sum(part.count for part in group)
+            if group[0].apart:
+                seen = list(range(group[0].held + 1, group[0].held + count + 1))
             yield _Group(
                 slice(start, start + count), self._tensor(tables), self._tensor(seen), max(seen)
             )

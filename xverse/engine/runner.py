@@ -34,7 +34,8 @@ Choice = Chosen | XverseError | None  # None: all is computed, and nothing was t
 def run_step(
     decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], fused: FusedDecode | None = None
 ) -> list[tuple[Generation, Choice]]:
-    """Compute the chunks. For each that is complete: its next token, or why there is none.
+    """Compute the chunks. For each that is complete: its next token, or why there is none; after a
+    draft that was right its next tokens, in order.
 
     Log-probabilities of prompt tokens are added to the generations' `scores`. With `fused`, those
     who decode go through it, and the rest through the decoder.
@@ -46,54 +47,61 @@ def run_step(
         return [*choices_of_others, *_decode_fused(fused, decoding)]
     together = _computed_together(kv, chunks)
     hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
-    ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
-    last = [
-        int(end)  # the row whose logits choose a token
-        for end, chunk in zip(ends, chunks, strict=True)
-        if chunk.complete and chunk.generation.sampler is not None
-    ]
-    choices: list[Choice] = []
-    complete = [chunk.generation for chunk in chunks if chunk.complete]
-    choosing = [generation for generation in complete if generation.sampler is not None]
-    if last:
-        logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
-        choices = choose(choosing, logits_BV)
+    complete = [chunk for chunk in chunks if chunk.complete]
+    choosing = [chunk for chunk in complete if chunk.generation.sampler is not None]
+    choices: list[tuple[Generation, Choice]] = []
+    if choosing:
+        rows = torch.tensor(_choosing_rows(chunks), device=kv.device)
+        choices = choose(choosing, _logits(decoder, kv, hidden_TD[rows]))
     _score(decoder, kv, chunks, hidden_TD)
-    scored = [(generation, None) for generation in complete if generation.sampler is None]
-    return [*zip(choosing, choices, strict=True), *scored]
+    scored = [chunk.generation for chunk in complete if chunk.generation.sampler is None]
+    return [*choices, *((generation, None) for generation in scored)]
+
+
+def _choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows whose logits choose a token: the last of a chunk that is complete, and its draft."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.rows
+        if chunk.complete and chunk.generation.sampler is not None:
+            rows += range(end - len(chunk.draft) - 1, end)
+    return rows
 
 
 def _only_decodes(chunk: Chunk) -> bool:
     request = chunk.generation.request
-    return chunk.count == 1 and chunk.complete and request.score_from is None
+    return chunk.rows == 1 and chunk.complete and request.score_from is None
 
 
 def _decode_fused(fused: FusedDecode, chunks: Sequence[Chunk]) -> list[tuple[Generation, Choice]]:
     found: list[tuple[Generation, Choice]] = []
     for start in range(0, len(chunks), ROWS):
-        some = [chunk.generation for chunk in chunks[start : start + ROWS]]
-        logits_BV = fused([g.ids[-1] for g in some], [_part(Chunk(g, 1)) for g in some])
-        found += zip(some, choose(some, logits_BV), strict=True)
+        some = chunks[start : start + ROWS]
+        ids = [chunk.generation.ids[-1] for chunk in some]
+        found += choose(some, fused(ids, [_part(chunk) for chunk in some]))
     return found
 
 
-def _part(chunk: Chunk) -> Part:
+def _part(chunk: Chunk, *, apart: bool = False) -> Part:
     generation = chunk.generation
     assert generation.table is not None, "what runs has pages"
     pages, prompt = generation.table.pages, len(generation.request.ids)
-    return Part(pages, generation.held, chunk.count, prompt)
+    return Part(pages, generation.held, chunk.rows, prompt, apart)
 
 
 def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
     """What goes through the decoder in one row. On a GPU everything: a step costs what it costs to
     read the weights. On a CPU each prompt alone, which fills it anyway, and as many decoding
-    sequences as `multiply.linear` computes alike: so no row is computed otherwise than alone."""
+    sequences as `multiply.linear` computes alike, their drafts included: so no row is computed
+    otherwise than alone."""
     if kv.device.type != "cpu" or kv.fixed_rows is not None:
         return [chunks]
     decoding = [chunk for chunk in chunks if chunk.count == 1]
     assert list(chunks[len(chunks) - len(decoding) :]) == decoding, "the scheduler puts them last"
     prompts = chunks[: len(chunks) - len(decoding)]
     rows = [decoding[start : start + ROWS] for start in range(0, len(decoding), ROWS)]
+    assert all(sum(chunk.rows for chunk in some) <= ROWS for some in rows), "drafts fill up rows"
     return [*([chunk] for chunk in prompts), *rows]
 
 
@@ -103,8 +111,8 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
     ids: list[int] = []
     for chunk in chunks:
         generation, held = chunk.generation, chunk.generation.held
-        parts.append(_part(chunk))
-        ids += generation.ids[held : held + chunk.count]
+        parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
+        ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
     if kv.fixed_rows is None:
         return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
     rows, found = kv.fixed_rows, []
@@ -129,22 +137,48 @@ def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def choose(generations: Sequence[Generation], logits_BV: Tensor) -> list[Choice]:
-    """The next token of each; the best ones of all are found in one operation."""
+def choose(chunks: Sequence[Chunk], logits_BV: Tensor) -> list[tuple[Generation, Choice]]:
+    """The next token of each, and after a draft that begins with it the one after that, and so on;
+    the best ones of all are found in one operation."""
     best = logits_BV.max(-1)
     sound = (~best.values.isnan()).tolist()
-    choices: list[Choice] = []
-    for row, (generation, id) in enumerate(zip(generations, best.indices.tolist(), strict=True)):
-        sampler = generation.sampler
-        assert sampler is not None, "who chooses has a sampler"
-        try:
-            if not (sampler.greedy and sound[row]):
-                start = len(generation.request.ids)
-                id = sampler.choose(logits_BV[row], generation.ids, start)
-            choices.append(_with_logprobs(sampler, id, logits_BV[row]))
-        except XverseError as error:  # its own misfortune: the others go on
-            choices.append(error)
+    ids = [id if fine else None for id, fine in zip(best.indices.tolist(), sound, strict=True)]
+    choices: list[tuple[Generation, Choice]] = []
+    start = 0
+    for chunk in chunks:
+        rows = slice(start, start + 1 + len(chunk.draft))
+        found = _follow(chunk, logits_BV[rows], ids[rows])
+        choices += [(chunk.generation, choice) for choice in found]
+        start = rows.stop
     return choices
+
+
+def _follow(chunk: Chunk, logits_RV: Tensor, best: Sequence[int | None]) -> list[Choice]:
+    """What the sampler chooses, row by row for as long as that is what the draft says."""
+    generation = chunk.generation
+    known, found = len(generation.ids), list[Choice]()
+    try:
+        for logits_V, id, guess in zip(logits_RV, best, (*chunk.draft, None), strict=True):
+            choice = _choose(generation, logits_V, id)
+            found.append(choice)
+            if not isinstance(choice, Chosen) or choice.id != guess:
+                break
+            generation.ids.append(choice.id)  # penalties count it
+    finally:
+        del generation.ids[known:]
+    return found
+
+
+def _choose(generation: Generation, logits_V: Tensor, best: int | None) -> Choice:
+    """The next token; `best` is the likeliest, None where that is no number."""
+    sampler = generation.sampler
+    assert sampler is not None, "who chooses has a sampler"
+    try:
+        if best is None or not sampler.greedy:
+            best = sampler.choose(logits_V, generation.ids, len(generation.request.ids))
+        return _with_logprobs(sampler, best, logits_V)
+    except XverseError as error:  # its own misfortune: the others go on
+        return error
 
 
 def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
@@ -177,4 +211,4 @@ def _score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tens
             generation.scores += logprobs_TV.gather(1, wanted[:, None])[:, 0].tolist()
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
-        start += chunk.count
+        start += chunk.rows

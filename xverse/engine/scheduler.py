@@ -51,14 +51,21 @@ class Generation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of a generation that the next step computes."""
+    """`count` tokens of a generation that the next step computes, and after them a guess of the
+    next ones: its `draft`."""
 
     generation: Generation
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are computed."""
+        return self.count + len(self.draft)
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens so far are computed after it, and the next can be chosen."""
+        """Whether all tokens there are will be computed then, and the next can be chosen."""
         return self.count == self.generation.missing
 
 

@@ -55,9 +55,13 @@ def attend_pages(
 ) -> Tensor:
     """One new token of each of B sequences against its past in pages. -> [B, H, E].
 
-    Twin: `reference.attend_pages`. Every sequence costs as much as the longest.
+    Twin: `reference.attend_pages`. Every sequence costs as much as the longest. A single table is
+    that of all: tokens of one sequence that see more and more of it.
     """
-    k_BKSE, v_BKSE = gather_pages(keys_PKSE, tables_BP), gather_pages(values_PKSE, tables_BP)
+    k_BKSE, v_BKSE = (
+        gather_pages(pages, tables_BP).expand(len(lengths_B), -1, -1, -1)
+        for pages in (keys_PKSE, values_PKSE)
+    )
     seen = torch.arange(k_BKSE.shape[2], device=q_BHE.device)
     mask_BS = seen < lengths_B[:, None]
     return attend_batch(q_BHE, k_BKSE, v_BKSE, mask_BS)

@@ -64,9 +64,11 @@ def attend_pages(
     """One new token of each of B sequences against its past in pages of S tokens. -> [B, H, E].
 
     Page i of sequence b is `tables[b, i]`; of all its pages the first `lengths[b]` tokens count,
-    the new one the last of them. Paged attention, Kwon et al. 2023.
+    the new one the last of them. A single table is that of all B.
+    Paged attention, Kwon et al. 2023.
     """
     mixed = []
+    tables_BP = tables_BP.expand(len(q_BHE), -1)
     for q_HE, table_P, length in zip(q_BHE, tables_BP, lengths_B.tolist(), strict=True):
         k_SKE, v_SKE = (
             pages[table_P].transpose(1, 2).flatten(0, 1)[:length]

@@ -18,12 +18,20 @@ class ModelOptions:
     """What the weights are computed in; auto is the folder's own."""
     quantize: Literal[4, 8] | None = None
     """Round the weights to 8 or 4 bits after loading (the published per-row scheme)."""
+    speculate: int = 0
+    """Guess up to so many tokens (8, say) from the text so far: faster where answers repeat it."""
 
     def load(self, model: str) -> "LLM":
         """The model, ready to answer."""
         from xverse.engine.llm import LLM
 
-        return LLM(model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        return LLM(
+            model,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            speculate=self.speculate,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
