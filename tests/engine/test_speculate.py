@@ -147,7 +147,7 @@ def test_every_kind_of_choice_is_the_plain_decoders() -> None:
         limit = {"max_new_tokens": chance.choice([1, 2, 30, 60])}
         asked.append(Request(ids, KINDS[number % len(KINDS)].over(limit)))
     expected = [plain_ids(request) for request in asked]
-    for rows, kv_tokens in ((1, 400), (5, 300), (12, 2000)):
+    for rows, kv_tokens in ((1, 400), (5, 300), (12, 1000)):
         it = engine(kv_tokens=kv_tokens, max_running=rows, step_tokens=rows + 13)
         found = run(it, asked)
         for number, request in enumerate(asked):
@@ -171,8 +171,8 @@ def test_equal_bits_with_guesses_and_without(dtype: torch.dtype, deterministic: 
     decoder = repeating_decoder(dtype)
     best = {"logprobs": 3, "prompt_logprobs": 2}
     asked = [
-        Request(ids * 3, Sampling(temperature=heat, seed=1, **best).over({"max_new_tokens": 40}))
-        for ids in prompts(4, seed=40, most=12)
+        Request(ids * 3, Sampling(temperature=heat, seed=1, **best).over({"max_new_tokens": 30}))
+        for ids in prompts(3, seed=40, most=12)
         for heat in (0.0, 0.4)
     ]
     options = {"deterministic": deterministic, "share_prefixes": False, "page_size": 16}
@@ -264,7 +264,7 @@ def test_llm_answers_the_same(tmp_path: Path) -> None:
     free = Sampling(
         temperature=0.0, repetition_penalty=1.0, max_tokens=60, ignore_eos=True, logprobs=1
     )
-    texts = ["Hello Hello Hello", "The 1 and 2 and 1 and 2", "北京的天气", "a"]
+    texts = ["The 1 and 2 and 1 and 2", "北京的天气"]
     whole = plain.generate(texts, free)
     assert guessing.generate(texts, free) == whole
     assert guessing.engine.speculation.accepted > 0

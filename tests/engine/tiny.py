@@ -60,6 +60,8 @@ def plain_answer(prompt: tuple[int, ...], max_tokens: int) -> Sequence[int]:
 
 
 @cache
-def plain_choice(prompt: tuple[int, ...], sampling: Sampling) -> Sequence[int]:
+def plain_choice(
+    prompt: tuple[int, ...], sampling: Sampling, decoder: Decoder | None = None
+) -> Sequence[int]:
     """The ids that the plain decoder chooses, alone."""
-    return [t.id for t in decode(tiny_decoder(), [prompt], [sampling])]
+    return [t.id for t in decode(decoder or tiny_decoder(), [prompt], [sampling])]
