@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
 from xverse.engine import engine as engine_file
 from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.fused import FusedDecode
 from xverse.engine.request import Request, Scores, Token
 from xverse.engine.scheduler import Chunk
 from xverse.engine.simple import decode
 from xverse.engine.speculate import FORGIVEN, LONGEST, RESTS, SEQUENCES, SHORTEST, Lookup
 from xverse.kernels.multiply import ROWS
 from xverse.model.decoder import Decoder
+from xverse.model.fuse import fuse
 
 Found = dict[int, list[Token | Scores]]
 
@@ -215,6 +218,18 @@ def test_rope_that_follows_the_length_follows_guesses() -> None:
     assert it.speculation.accepted > 20
     for number, request in enumerate(asked):
         assert ids_of(found[number]) == plain_ids(request, decoder)
+
+
+def test_guesses_go_beside_the_fused_step() -> None:
+    """Who has one goes through the decoder, the others through the fused step: here by its plain
+    references."""
+    it = engine(fuse(deepcopy(repeating_decoder())))
+    it._fused = FusedDecode(it.decoder, it.kv, spare=it.pages.count)
+    asked = [Request(ids, greedy(40)) for ids in prompts(6, seed=50)]
+    found = run(it, asked)
+    assert it.speculation.accepted > 20
+    for number, request in enumerate(asked):
+        assert ids_of(found[number]) == plain_ids(request)
 
 
 def test_a_step_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
