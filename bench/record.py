@@ -3,13 +3,12 @@
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-import torch
+from xverse.device import machine_name, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,26 +20,13 @@ def record(name: str, figures: dict[str, object], packages: tuple[str, ...]) -> 
         # A machine without the repository's history is told the commit.
         "commit": os.environ.get("XVERSE_COMMIT") or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine_name(pick_device()),
         "packages": {package: _version(package) for package in ("torch", *packages)},
         "figures": figures,
     }
     file = ROOT / "bench" / "results" / f"{name}.json"
     file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return file
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {capability}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:

@@ -1,6 +1,7 @@
 """MACHINE -> FACTS. Device, dtype, memory, seeds, and every environment variable we read."""
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,22 @@ def pick_dtype(name: str, device: "torch.device") -> "torch.dtype":
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def machine_name(device: "torch.device") -> str:
+    """The card, or the processor with what PyTorch uses of it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {capability}, {torch.get_num_threads()} threads"
 
 
 def total_memory(device: "torch.device") -> int:

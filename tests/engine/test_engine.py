@@ -243,7 +243,12 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     "bad",
-    [{"page_size": 0}, {"kv_tokens": -1}, {"max_running": True}, {"step_tokens": 8}],
+    [
+        {"page_size": 0},
+        {"kv_tokens": -1},
+        {"max_running": True},
+        {"step_tokens": 8, "max_running": 9},
+    ],
 )
 def test_impossible_options_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(XverseError):

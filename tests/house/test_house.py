@@ -43,7 +43,9 @@ def test_front_door() -> None:
         xverse.nothing_of_this_name  # noqa: B018
 
 
-@pytest.mark.parametrize("verb", ["", "chat", "doctor", "export", "generate", "pull", "show"])
+@pytest.mark.parametrize(
+    "verb", ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "show"]
+)
 def test_help_needs_no_torch(verb: str) -> None:
     code = (
         "import sys, xverse.cli\n"

@@ -5,16 +5,24 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from xverse.engine.fused import FusedDecode
-from xverse.engine.memory import pool_tokens
+import torch
+
+from xverse.engine.device_runner import DeviceRunner
+from xverse.engine.memory import (
+    out_of_memory,
+    pool_tokens,
+    pool_tokens_beside,
+    too_little_memory,
+)
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Pages
 from xverse.engine.request import Failed, Finish, Request, Scores, Token
-from xverse.engine.runner import Choice, run_step
+from xverse.engine.runner import Choice, Chosen, Flight, PlainRunner, Runner
 from xverse.engine.sampler import Sampler, not_a_number
-from xverse.engine.scheduler import Generation, Scheduler
+from xverse.engine.scheduler import Chunk, Generation, Scheduler
 from xverse.engine.speculate import Speculation
 from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
@@ -26,8 +34,10 @@ Output = Token | Scores | Failed
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much is done at once. `kv_tokens` None sizes the KV memory by the machine.
+    """How much is done at once. What is None is chosen by the machine.
 
+    `kv_tokens` is the room for keys and values; on a GPU, None takes what the largest step leaves.
+    `kv_dtype` "fp8" stores them in 8 bits: twice the tokens, half the reading, slightly rounded.
     `step_tokens` bounds the prompt tokens beside those who decode, hence how long these wait.
     `deterministic`: equal to the last bit, alone or among others, at some cost in speed.
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
@@ -37,9 +47,10 @@ class EngineOptions:
     """
 
     kv_tokens: int | None = None
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     page_size: int = 16
-    step_tokens: int = 512
-    max_running: int = 64
+    step_tokens: int | None = None
+    max_running: int | None = None
     deterministic: bool = False
     share_prefixes: bool = True
     speculate: int = 0
@@ -60,14 +71,29 @@ class EngineOptions:
                 "product computes at the price of one.",
                 "Give 8, or 0 to guess nothing.",
             )
-        if self.max_running > self.step_tokens:
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise XverseError(
+                f"Keys and values cannot be kept in {self.kv_dtype!r:.60}.",
+                "They are kept in the dtype of the weights, or in fp8.",
+                'Give kv_dtype "auto" or "fp8".',
+            )
+        if self.step_tokens is not None and (self.max_running or 1) > self.step_tokens:
             raise XverseError(
                 f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
                 "Each that decodes brings a token to every step.",
                 "Raise step_tokens or lower max_running.",
             )
 
+    def on(self, device: torch.device) -> "EngineOptions":
+        """These options, none of steps left open. A GPU is not filled by a CPU's steps."""
+        gpu = device.type == "cuda" and not self.deterministic
+        step = self.step_tokens or max(GPU_STEP if gpu else CPU_STEP, self.max_running or 0)
+        running = self.max_running or min(step, GPU_RUNNING if gpu else CPU_RUNNING)
+        return replace(self, step_tokens=step, max_running=running)
 
+
+CPU_STEP, CPU_RUNNING = 512, 64
+GPU_STEP, GPU_RUNNING = 8192, 256  # a step of 8,192 tokens of a 7B model takes an H200 0.2 s
 # Matrix products of one size give a row the same bits wherever it stands among the others; with
 # another number of rows the libraries sum in another order.
 FIXED_ROWS = 16
@@ -85,23 +111,23 @@ class Engine:
     ) -> None:
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
-        self.options = options or EngineOptions()
         weight = decoder.model.embed_tokens.weight
+        self.options = (options or EngineOptions()).on(weight.device)
         size = self.options.page_size
-        tokens = self.options.kv_tokens or pool_tokens(
-            decoder.shape, weight.dtype, weight.device, self.options.max_running
-        )
-        self.pages = Pages(-(-tokens // size), size, share=self.options.share_prefixes)
-        self.kv = Paged(
-            decoder.shape,
-            self.pages.count + 1,  # the last is for rows of a captured step that nobody fills
-            size,
-            dtype=weight.dtype,
-            device=weight.device,
-            fixed_rows=_fixed_rows(decoder) if self.options.deterministic else None,
-        )
-        self._fused = FusedDecode.of(decoder, self.kv, spare=self.pages.count)
-        self.scheduler = Scheduler(self.pages, self.options.step_tokens, self.options.max_running)
+        self.pages = Pages(-(-self._kv_tokens() // size), size, share=self.options.share_prefixes)
+        self.kv = self._pool(self.pages.count)
+        self.runner: Runner = self._runner(self.kv)
+        # Whether a step is read only when the next one is under way; see `step`.
+        self.overlap = isinstance(self.runner, DeviceRunner)
+        if self.overlap and self.options.speculate:
+            raise XverseError(
+                "Tokens cannot be guessed on this GPU.",
+                "Its steps start before the host knows the tokens of the step before, and a guess "
+                "copies what is known.",
+                "Leave speculate out.",
+            )
+        self.scheduler = Scheduler(self.pages, self.step_tokens, self.max_running)
+        self._flight: Flight | None = None  # the step under way
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self.speculation = Speculation(self.options.speculate)
         self._generations: dict[int, Generation] = {}
@@ -116,6 +142,18 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._generations)
+
+    @property
+    def step_tokens(self) -> int:
+        """Prompt tokens that a step takes at most."""
+        assert self.options.step_tokens is not None, "EngineOptions.on leaves nothing open"
+        return self.options.step_tokens
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that run at once at most."""
+        assert self.options.max_running is not None, "EngineOptions.on leaves nothing open"
+        return self.options.max_running
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
@@ -138,6 +176,14 @@ class Engine:
         self._next += 1
         return number
 
+    def prepare(self) -> None:
+        """Capture every step that decoding may want now, so that no request waits for it later.
+
+        About a second for ten sizes on a GPU; nothing where steps are not captured.
+        """
+        if isinstance(self.runner, DeviceRunner):
+            self.runner.prepare()
+
     def abort(self, number: int) -> None:
         """Forget a request and take its memory back; nothing where it has ended already."""
         generation = self._generations.pop(number, None)
@@ -145,19 +191,91 @@ class Engine:
             self.scheduler.remove(generation)
 
     def step(self) -> Sequence[Output]:
-        """Compute one step; what came of it in the order of requests. Empty where none waits."""
+        """Compute one step; what came of it in the order of requests. Empty where none waits.
+
+        With `overlap` the step before is read only once this one is under way, so that the device
+        never waits for the host: tokens come one call later, and a sequence that ends by what it
+        says has been computed one token too far.
+        """
+        found: list[Output] = []
+        if any(generation.waits_for_host for generation in self.scheduler.running):
+            found += self._land()
         chunks = self.scheduler.plan()
-        assert chunks or not self.busy, "whoever fits at all fits when alone"
-        if not chunks:
-            return []
         if self.options.speculate:
             chunks = self.speculation.extend(self.scheduler, chunks)
-        choices = run_step(self.decoder, self.kv, chunks, self._fused)
-        self.scheduler.computed(chunks)
-        choices.sort(key=lambda choice: choice[0].number)
-        outputs = [output for choice in choices for output in self._take(*choice)]
-        self.speculation.settle(self.scheduler, self.kv, chunks)
-        return outputs
+        assert chunks or self._flight or not self.busy, "whoever fits at all fits when alone"
+        flight, shed = self._launch(chunks) if chunks else (None, [])
+        found += [*self._land(), *shed]
+        self._flight = flight
+        if not self.overlap:
+            found += self._land()
+        return found
+
+    def _pool(self, pages: int) -> Paged:
+        """Memory for so many pages, and one more for rows of a captured step that nobody fills."""
+        return Paged(
+            self.decoder.shape,
+            pages + 1,
+            self.options.page_size,
+            dtype=self._kv_type(),
+            device=self.decoder.model.embed_tokens.weight.device,
+            fixed_rows=_fixed_rows(self.decoder) if self.options.deterministic else None,
+        )
+
+    def _kv_type(self) -> torch.dtype:
+        if self.options.kv_dtype == "fp8":
+            return torch.float8_e4m3fn
+        return self.decoder.model.embed_tokens.weight.dtype
+
+    def _runner(self, kv: Paged) -> Runner:
+        if DeviceRunner.why_not(self.decoder, kv):
+            return PlainRunner(self.decoder, kv)
+        return DeviceRunner(self.decoder, kv, slots=self.max_running, spare=kv.pages - 1)
+
+    def _kv_tokens(self) -> int:
+        """As asked, or by the machine; on a GPU beside the largest steps, which are tried out."""
+        if self.options.kv_tokens is not None:
+            return self.options.kv_tokens
+        shape, dtype = self.decoder.shape, self._kv_type()
+        device = self.decoder.model.embed_tokens.weight.device
+        runner = self._runner(self._pool(0))
+        if not isinstance(runner, DeviceRunner):
+            return pool_tokens(shape, dtype, device, self.max_running)
+        peak = runner.rehearse(self.step_tokens)
+        del runner
+        return pool_tokens_beside(peak, shape, dtype, device, self.max_running)
+
+    def _launch(self, chunks: Sequence[Chunk]) -> tuple[Flight | None, list[Output]]:
+        """The step under way; where memory runs out, whoever came last goes without an answer."""
+        try:
+            flight = self.runner.launch(chunks)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            last = max(chunk.generation.number for chunk in chunks)
+            self.abort(last)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return None, [Failed(last, too_little_memory(error))]
+        self.scheduler.launched(chunks)
+        return flight, []
+
+    def _land(self) -> list[Output]:
+        """What came of the step under way, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        landed = [found for found in flight.land() if self._alive(found[0])]
+        for generation, place, choice in landed:
+            if isinstance(choice, Chosen):
+                generation.put(place, choice.id)
+        self.speculation.settle(self.kv, flight.chunks)
+        self.scheduler.landed(c.generation for c in flight.chunks if self._alive(c.generation))
+        landed.sort(key=lambda found: found[0].number)
+        return [output for found in landed for output in self._take(*found)]
+
+    def _alive(self, generation: Generation) -> bool:
+        return generation.number in self._generations
 
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
@@ -167,11 +285,12 @@ class Engine:
         long = dynamic and tokens > shape.max_position_embeddings
         return f"{tokens}:{request.namespace}" if long else f":{request.namespace}"
 
-    def _take(self, generation: Generation, choice: Choice) -> Iterator[Output]:
+    def _take(self, generation: Generation, place: int, choice: Choice) -> Iterator[Output]:
+        """The outputs of a generation whose ids before `place` are all computed."""
         number, request = generation.number, generation.request
-        if number not in self._generations:
+        if not self._alive(generation):
             return  # it ended within its draft
-        first = len(generation.ids) == len(request.ids)
+        first = place == len(request.ids)
         if first and any(map(math.isnan, generation.scores)):
             choice = not_a_number()
         if isinstance(choice, XverseError):
@@ -184,19 +303,18 @@ class Engine:
         if choice is None:
             self.abort(number)
             return
-        generation.ids.append(choice.id)
-        finish = self._finish(generation)
+        finish = self._finish(generation, place)
         if finish:
             self.abort(number)
         yield Token(number, choice.id, finish, choice.logprob, choice.top)
 
-    def _finish(self, generation: Generation) -> Finish | None:
-        sampling, latest = generation.request.sampling, generation.ids[-1]
+    def _finish(self, generation: Generation, place: int) -> Finish | None:
+        sampling, latest = generation.request.sampling, generation.ids[place]
         assert sampling is not None, "who chooses has options"
         ends = latest in self.end_ids and not sampling.ignore_eos
         if ends or latest in sampling.stop_ids:
             return "stop"
-        new = len(generation.ids) - len(generation.request.ids)
+        new = place + 1 - len(generation.request.ids)
         return "length" if new == sampling.max_tokens else None
 
 

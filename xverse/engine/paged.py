@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xverse.errors import XverseError
-from xverse.kernels.attend import attend_pages, attend_sequence, gather_pages
+from xverse.kernels import reference
+from xverse.kernels.attend import attend_batch, attend_sequence, gather_pages
 from xverse.model.shape import ModelShape
 
 
@@ -63,10 +64,21 @@ class Paged:
         self.page_size, self.heads = page_size, shape.num_key_value_heads
         self.device = torch.device(device)
         size = (shape.num_hidden_layers, pages, self.heads, page_size, shape.head_dim)
+        self.pages = pages
         self.keys = _zeros(size, dtype, self.device)
         self.values = _zeros(size, dtype, self.device)
+        # Of fp8 keys and values: one scale for each token and head.
+        rounded = dtype == torch.float8_e4m3fn
+        self._scales = [
+            _zeros(size[:-1], torch.bfloat16, self.device) for _ in range(2 if rounded else 0)
+        ]
         self._groups: list[_Group] = []
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return sum(pool.nbytes for pool in (self.keys, self.values, *self._scales))
 
     def begin(self, parts: Sequence[Part]) -> Tensor:
         """Start a step of these parts, in this order; returns the positions, [T] int64.
@@ -98,28 +110,45 @@ class Paged:
             self._lengths_T = self._tensor(lengths + [1] * fill)
         return self._tensor(positions)
 
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Scales [P, K, S] of fp8 keys and values; None where they are kept as they are."""
+        if not self._scales:
+            return None
+        keys, values = self._scales
+        return keys[layer], values[layer]
+
     def lengths(self) -> Tensor:
         return self._lengths_T
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        for pages, new in ((keys, k_TKE), (values, v_TKE)):
-            rows = new.flatten(0, 1)[: len(self._places)]
-            pages.flatten(0, 2).index_copy_(0, self._places, rows)
+        keys, values, scales = self.keys[layer], self.values[layer], self.scales(layer)
+        key_scales, value_scales = scales or (None, None)
+        self._store(keys, key_scales, k_TKE)
+        self._store(values, value_scales, v_TKE)
         mixed = []
         for group in self._groups:
             q = q_THE[group.rows]
+            k_BKSE = _gather(keys, key_scales, group.tables_BP, q.dtype)
+            v_BKSE = _gather(values, value_scales, group.tables_BP, q.dtype)
             if len(group.lengths_B) == len(q) and self.fixed_rows is None:
-                mixed.append(attend_pages(q, keys, values, group.tables_BP, group.lengths_B))
+                seen = torch.arange(k_BKSE.shape[2], device=self.device)
+                k, v = (side.expand(len(q), -1, -1, -1) for side in (k_BKSE, v_BKSE))
+                mixed.append(attend_batch(q, k, v, seen < group.lengths_B[:, None]))
             else:
-                k_KSE, v_KSE = (
-                    gather_pages(pages, group.tables_BP)[0, :, : group.seen]
-                    for pages in (keys, values)
-                )
+                k_KSE, v_KSE = (side[0, :, : group.seen] for side in (k_BKSE, v_BKSE))
                 mixed.append(attend_sequence(q, k_KSE, v_KSE))
         if self.fixed_rows is not None:
             mixed.append(torch.zeros_like(q_THE[len(mixed) :]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _store(self, pages: Tensor, scales: Tensor | None, new_TKE: Tensor) -> None:
+        rows = new_TKE.flatten(0, 1)[: len(self._places)]
+        if scales is not None:
+            rounded, scale = reference.quantize_kv(rows[:, None])
+            scales.flatten().index_copy_(0, self._places, scale[:, 0])
+            # Not every operation knows fp8; moving it is moving bytes.
+            pages, rows = pages.view(torch.uint8), rounded[:, 0].view(torch.uint8)
+        pages.flatten(0, 2).index_copy_(0, self._places, rows)
 
     def clear(self, parts: Sequence[Part]) -> None:
         """Zero the pages that begin in this step: what a mask hides is still multiplied, and
@@ -132,16 +161,20 @@ class Paged:
         ]
         if fresh:
             pages = self._tensor(fresh)
-            self.keys.index_fill_(1, pages, 0)
-            self.values.index_fill_(1, pages, 0)
+            for pool in self._pools():
+                pool.index_fill_(1, pages, 0)
 
     def erase(self, pages: Sequence[int], first: int, last: int) -> None:
         """Zero the places from `first` to before `last` of a sequence, for the same reason."""
         if first < last:
             places = torch.arange(first, last, device=self.device)
             page, slot = self._tensor(pages)[places // self.page_size], places % self.page_size
-            self.keys[:, page, :, slot] = 0
-            self.values[:, page, :, slot] = 0
+            for pool in self._pools():
+                pool[:, page, :, slot] = 0
+
+    def _pools(self) -> list[Tensor]:
+        """All memory, as types that every operation knows."""
+        return [self.keys.view(torch.uint8), self.values.view(torch.uint8), *self._scales]
 
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
         start = 0
@@ -171,6 +204,16 @@ class Paged:
 
     def _tensor(self, numbers: object) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _gather(pages: Tensor, scales: Tensor | None, tables_BP: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pages of B sequences as they are computed with, [B, K, P * S, E] in `dtype`."""
+    if scales is None:
+        return gather_pages(pages, tables_BP)
+    rounded = gather_pages(pages.view(torch.uint8), tables_BP).view(pages.dtype)
+    return reference.dequantize_kv(
+        rounded, gather_pages(scales[..., None], tables_BP)[..., 0], dtype
+    )
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -27,11 +27,15 @@ class Node:
 
 @dataclass(eq=False)
 class Table:
-    """The pages of one sequence in order; the first `len(path)` of them stand in the tree."""
+    """The pages of one sequence in order; the first `len(path)` of them stand in the tree.
+
+    From place `stale` on, a copy of `pages` that the device holds is out of date.
+    """
 
     namespace: str
     pages: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)
+    stale: int = 0
 
 
 class Pages:
@@ -99,6 +103,7 @@ class Pages:
             else:
                 self._free.append(table.pages[place])
                 table.pages[place] = node.page
+                table.stale = min(table.stale, place)
             self._enter(table, node)
 
     def close(self, table: Table) -> None:

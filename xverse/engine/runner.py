@@ -1,12 +1,16 @@
-"""CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices."""
+"""CHUNKS -> TOKENS. One step of the decoder over what the scheduler planned, and the choices.
 
-from collections.abc import Sequence
+`PlainRunner` computes it here and now with the decoder itself; `DeviceRunner` (device_runner.py)
+sends it to a GPU and returns at once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xverse.engine.fused import FusedDecode
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
 from xverse.engine.sampler import Sampler
@@ -30,32 +34,66 @@ class Chosen:
 Choice = Chosen | XverseError | None  # None: all is computed, and nothing was to be chosen
 
 
-@torch.inference_mode()
-def run_step(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], fused: FusedDecode | None = None
-) -> list[tuple[Generation, Choice]]:
-    """Compute the chunks. For each that is complete: its next token, or why there is none; after a
-    draft that was right its next tokens, in order.
+@dataclass
+class Flight:
+    """A step under way. What is chosen in it goes to a place in the ids of each generation."""
 
-    Log-probabilities of prompt tokens are added to the generations' `scores`. With `fused`, those
-    who decode go through it, and the rest through the decoder.
-    """
-    if fused is not None:
-        decoding = [chunk for chunk in chunks if _only_decodes(chunk)]
-        others = [chunk for chunk in chunks if not _only_decodes(chunk)]
-        choices_of_others = run_step(decoder, kv, others) if others else []
-        return [*choices_of_others, *_decode_fused(fused, decoding)]
-    together = _computed_together(kv, chunks)
-    hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
-    complete = [chunk for chunk in chunks if chunk.complete]
-    choosing = [chunk for chunk in complete if chunk.generation.sampler is not None]
-    choices: list[tuple[Generation, Choice]] = []
-    if choosing:
-        rows = torch.tensor(_choosing_rows(chunks), device=kv.device)
-        choices = choose(choosing, _logits(decoder, kv, hidden_TD[rows]))
-    _score(decoder, kv, chunks, hidden_TD)
-    scored = [chunk.generation for chunk in complete if chunk.generation.sampler is None]
-    return [*choices, *((generation, None) for generation in scored)]
+    chunks: Sequence[Chunk]
+    choosing: list[tuple[Generation, int]]
+    choices: Callable[[], list[Choice]]  # waits for the step
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], choices: Callable[[], list[Choice]]) -> "Flight":
+        """The step of `chunks`, before any of them counts as computed."""
+        return cls(chunks, [(g, len(g.ids)) for g in choosing(chunks)], choices)
+
+    def land(self) -> list[tuple[Generation, int, Choice]]:
+        """Wait, and say for each generation that is complete what stands where in its ids."""
+        choices = zip(self.choosing, self.choices(), strict=True)
+        found = [(generation, place, choice) for (generation, place), choice in choices]
+        scored = [c.generation for c in self.chunks if c.generation.sampler is None]
+        return found + [(g, len(g.ids), None) for g in scored if g.missing == 0]
+
+
+def choosing(chunks: Sequence[Chunk]) -> list[Generation]:
+    """Whose next token a step of these chunks chooses."""
+    return [chunk.generation for chunk in chunks if _chooses(chunk)]
+
+
+class Runner(Protocol):
+    """What computes steps. `launch` may return while the device is still at it."""
+
+    def launch(self, chunks: Sequence[Chunk]) -> Flight: ...
+
+
+class PlainRunner:
+    """The decoder as it is, on any device; every step has ended when `launch` returns."""
+
+    def __init__(self, decoder: Decoder, kv: Paged) -> None:
+        self.decoder, self.kv = decoder, kv
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> Flight:
+        """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
+        decoder, kv = self.decoder, self.kv
+        together = _computed_together(kv, chunks)
+        hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
+        choices: list[Choice] = []
+        flight = Flight(chunks, [], lambda: choices)
+        if rows := _choosing_rows(chunks):
+            logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
+            for generation, found in choose(chunks, logits_BV):
+                choices += found
+                # What follows a draft that was right stands behind it.
+                flight.choosing += [
+                    (generation, len(generation.ids) + i) for i in range(len(found))
+                ]
+        score(decoder, kv, chunks, hidden_TD)
+        return flight
+
+
+def _chooses(chunk: Chunk) -> bool:
+    return chunk.complete and chunk.generation.sampler is not None
 
 
 def _choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
@@ -64,23 +102,9 @@ def _choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
     end = 0
     for chunk in chunks:
         end += chunk.rows
-        if chunk.complete and chunk.generation.sampler is not None:
+        if _chooses(chunk):
             rows += range(end - len(chunk.draft) - 1, end)
     return rows
-
-
-def _only_decodes(chunk: Chunk) -> bool:
-    request = chunk.generation.request
-    return chunk.rows == 1 and chunk.complete and request.score_from is None
-
-
-def _decode_fused(fused: FusedDecode, chunks: Sequence[Chunk]) -> list[tuple[Generation, Choice]]:
-    found: list[tuple[Generation, Choice]] = []
-    for start in range(0, len(chunks), ROWS):
-        some = chunks[start : start + ROWS]
-        ids = [chunk.generation.ids[-1] for chunk in some]
-        found += choose(some, fused(ids, [_part(chunk) for chunk in some]))
-    return found
 
 
 def _part(chunk: Chunk, *, apart: bool = False) -> Part:
@@ -137,20 +161,17 @@ def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def choose(chunks: Sequence[Chunk], logits_BV: Tensor) -> list[tuple[Generation, Choice]]:
-    """The next token of each, and after a draft that begins with it the one after that, and so on;
-    the best ones of all are found in one operation."""
+def choose(chunks: Sequence[Chunk], logits_BV: Tensor) -> Iterator[tuple[Generation, list[Choice]]]:
+    """The next token of each that chooses, and after a draft that begins with it the one after
+    that, and so on; the best ones of all are found in one operation."""
     best = logits_BV.max(-1)
     sound = (~best.values.isnan()).tolist()
     ids = [id if fine else None for id, fine in zip(best.indices.tolist(), sound, strict=True)]
-    choices: list[tuple[Generation, Choice]] = []
     start = 0
-    for chunk in chunks:
+    for chunk in filter(_chooses, chunks):
         rows = slice(start, start + 1 + len(chunk.draft))
-        found = _follow(chunk, logits_BV[rows], ids[rows])
-        choices += [(chunk.generation, choice) for choice in found]
+        yield chunk.generation, _follow(chunk, logits_BV[rows], ids[rows])
         start = rows.stop
-    return choices
 
 
 def _follow(chunk: Chunk, logits_RV: Tensor, best: Sequence[int | None]) -> list[Choice]:
@@ -196,7 +217,7 @@ def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
     return [tuple(zip(*row, strict=True)) for row in rows]
 
 
-def _score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
     """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
     start = 0
     for chunk in chunks:

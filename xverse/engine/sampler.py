@@ -8,6 +8,9 @@ from torch import Tensor
 
 from xverse.engine.request import Sampling
 from xverse.errors import XverseError
+from xverse.kernels.reference_sample import choose_row
+
+DRAWN_AT_ONCE = 32  # random numbers; one by one each takes ten times as long
 
 
 class Sampler:
@@ -23,6 +26,7 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
+        self._points: list[float] = []
 
     @property
     def greedy(self) -> bool:
@@ -30,40 +34,59 @@ class Sampler:
         return self.sampling.temperature == 0.0 and not self._changes
 
     @property
-    def _changes(self) -> bool:
+    def penalized(self) -> bool:
+        """Whether what was seen counts for the choice."""
         options = self.sampling
         return bool(
             options.repetition_penalty not in (None, 1.0)
             or options.presence_penalty
             or options.frequency_penalty
-            or options.logit_bias
-            or (options.min_tokens and self.end_ids)
         )
+
+    @property
+    def _changes(self) -> bool:
+        options = self.sampling
+        held_off = bool(options.min_tokens and self.end_ids)
+        return self.penalized or bool(options.logit_bias) or held_off
+
+    def additions(self, answer_tokens: int) -> dict[int, float]:
+        """What is added to the logits of ids when the answer has so many tokens."""
+        found = dict(self.sampling.logit_bias or {})
+        if answer_tokens < (self.sampling.min_tokens or 0):
+            found |= dict.fromkeys(self.end_ids, float("-inf"))
+        return found
 
     def choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None = None) -> int:
         """The next token after `seen`, from its logits [V]; the answer's own part of `seen` begins
         at `start`, by default at its end."""
-        temperature = self.sampling.temperature
-        if self._changes or temperature != 0.0:
-            logits_V = logits_V.float()
         if self._changes:
-            logits_V = self._changed(logits_V, seen, seen[start:] if start is not None else ())
-        if temperature is None or temperature == 0.0:
-            best = logits_V.argmax()
-            _refuse_nan(logits_V[best])
-            return int(best)
-        probabilities = self._probabilities(logits_V / temperature)
-        point = torch.rand((), generator=self.generator, dtype=torch.float64)
-        sums = probabilities.double().cpu().cumsum(0)
-        _refuse_nan(sums[-1])
-        return int(torch.searchsorted(sums, point * sums[-1], right=True).clamp(max=len(sums) - 1))
+            answer = seen[start:] if start is not None else ()
+            logits_V = self._changed(logits_V.float(), seen, answer)
+        options, temperature = self.sampling, self.sampling.temperature or 0.0
+        id = choose_row(
+            logits_V,
+            temperature,
+            options.top_k or 0,
+            1.0 if options.top_p is None else options.top_p,
+            options.min_p or 0.0,
+            self.point() if temperature else 0.0,
+        )
+        if id < 0:
+            raise not_a_number()
+        return id
+
+    def point(self) -> float:
+        """The next of this request's own random numbers, from 0 to 1: one for each choice that is
+        not greedy. They are the same however many are drawn at once."""
+        if not self._points:
+            drawn = torch.rand(DRAWN_AT_ONCE, generator=self.generator, dtype=torch.float64)
+            self._points = drawn.flip(0).tolist()
+        return self._points.pop()
 
     def _changed(self, logits_V: Tensor, seen: Sequence[int], answer: Sequence[int]) -> Tensor:
         options = self.sampling
-        if len(answer) < (options.min_tokens or 0) and self.end_ids:
-            logits_V = add(logits_V, dict.fromkeys(self.end_ids, float("-inf")))
-        if options.logit_bias:
-            logits_V = add(logits_V, options.logit_bias)
+        if additions := self.additions(len(answer)):
+            logits_V = add(logits_V, additions)
         if options.repetition_penalty is not None and options.repetition_penalty != 1.0:
             logits_V = penalize_repetition(logits_V, seen, options.repetition_penalty)
         presence, frequency = options.presence_penalty or 0.0, options.frequency_penalty or 0.0
@@ -73,21 +96,6 @@ class Sampler:
                 logits_V, {id: -presence - frequency * count for id, count in counts.items()}
             )
         return logits_V
-
-    def _probabilities(self, scores_V: Tensor) -> Tensor:
-        top_k, top_p, min_p = self.sampling.top_k, self.sampling.top_p, self.sampling.min_p
-        if top_k:
-            scores_V = keep_top_k(scores_V, top_k)
-        if top_p is not None and top_p < 1.0:
-            scores_V = keep_top_p(scores_V, top_p)
-        if min_p:
-            scores_V = keep_min_p(scores_V, min_p)
-        return scores_V.softmax(-1)
-
-
-def _refuse_nan(value: Tensor) -> None:
-    if value.isnan():
-        raise not_a_number()
 
 
 def not_a_number() -> XverseError:
@@ -101,15 +109,20 @@ def not_a_number() -> XverseError:
 
 def add(logits_V: Tensor, changes: Mapping[int, float]) -> Tensor:
     """The logits with something added to those of some ids; XverseError for an unknown id."""
-    if max(changes, default=0) >= len(logits_V):
-        raise XverseError(
-            f"There is no token {max(changes)}.",
-            f"The model knows ids from 0 to {len(logits_V) - 1}.",
-            "Correct logit_bias or stop_ids.",
-        )
+    refuse_unknown(changes, len(logits_V))
     ids = torch.tensor(list(changes), dtype=torch.int64, device=logits_V.device)
     values = torch.tensor(list(changes.values()), dtype=logits_V.dtype, device=logits_V.device)
     return logits_V.index_add(0, ids, values)
+
+
+def refuse_unknown(ids: Collection[int], vocab_size: int) -> None:
+    """XverseError where an id that is to be changed is none of the model's."""
+    if max(ids, default=0) >= vocab_size:
+        raise XverseError(
+            f"There is no token {max(ids)}.",
+            f"The model knows ids from 0 to {vocab_size - 1}.",
+            "Correct logit_bias or stop_ids.",
+        )
 
 
 def penalize_repetition(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
@@ -120,23 +133,3 @@ def penalize_repetition(logits_V: Tensor, seen: Sequence[int], penalty: float) -
     ids = torch.tensor(list(set(seen)), dtype=torch.int64, device=logits_V.device)
     old = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(old < 0, old * penalty, old / penalty))
-
-
-def keep_top_k(scores_V: Tensor, top_k: int) -> Tensor:
-    """Minus infinity for all but the `top_k` best; ties with the last of them stay."""
-    least = scores_V.topk(min(top_k, len(scores_V))).values[-1]
-    return scores_V.masked_fill(scores_V < least, float("-inf"))
-
-
-def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest best tokens whose probabilities reach `top_p` (Holtzman et al. 2019)."""
-    ascending, order = scores_V.sort(stable=True)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    out[-1] = False  # one token always stays
-    return scores_V.masked_fill(torch.empty_like(out).scatter(0, order, out), float("-inf"))
-
-
-def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:
-    """Keep tokens at least `min_p` times as likely as the likeliest."""
-    probabilities = scores_V.softmax(-1)
-    return scores_V.masked_fill(probabilities < min_p * probabilities.max(), float("-inf"))

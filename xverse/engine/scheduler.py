@@ -16,13 +16,16 @@ from xverse.engine.sampler import Sampler
 from xverse.errors import XverseError
 
 _arrival = attrgetter("number")
+UNKNOWN = -1  # in the place of a token that a step under way is choosing
 
 
 @dataclass(eq=False)
 class Generation:
     """One answer in the making. `number` is its place in the order of arrival.
 
-    `ids` are prompt and answer so far; keys and values of the first `held` are in `table`.
+    `ids` are prompt and answer so far; keys and values of the first `held` are in `table`. The
+    last `pending` of them are being chosen by steps under way: until those land, UNKNOWN stands
+    there. While it runs it has a `slot`, a row of what the device keeps for each sequence.
     """
 
     number: int
@@ -34,6 +37,17 @@ class Generation:
     tops: list[Top] = field(default_factory=list)  # beside the scores
     held: int = 0
     table: Table | None = None
+    pending: int = 0
+    slot: int = -1
+
+    def put(self, place: int, id: int) -> None:
+        """The token chosen for `place`: one that was pending, or after it a guess that was right."""
+        if place < len(self.ids):
+            self.ids[place] = id
+            self.pending -= 1
+        else:
+            assert place == len(self.ids), "tokens come in order"
+            self.ids.append(id)
 
     @property
     def unscored(self) -> int:
@@ -47,6 +61,18 @@ class Generation:
     def missing(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 while it decodes."""
         return len(self.ids) - self.held
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether its last token is chosen, or being chosen, and nothing more is computed."""
+        if self.sampler is None:
+            return False
+        return len(self.ids) - len(self.request.ids) == self.sampler.sampling.max_tokens
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether its next step depends on what the host makes of the one before."""
+        return self.request.score_from is not None
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,12 @@ class Scheduler:
     max_running: int
     waiting: list[Generation] = field(default_factory=list)
     running: list[Generation] = field(default_factory=list)
+    slots: list[int] = field(init=False)
+    preempted: int = 0  # how often pages were taken from a sequence that ran
+    reused_tokens: int = 0  # found in shared pages instead of computed
+
+    def __post_init__(self) -> None:
+        self.slots = list(range(self.max_running - 1, -1, -1))  # popped from the end
 
     def add(self, generation: Generation) -> None:
         """Queue it; XverseError where even the whole memory would not do."""
@@ -103,7 +135,7 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step: chunks of prompts first, then those who decode, the longest last."""
         self._grow()
-        counts = {g: 1 for g in self.running if g.missing == 1}
+        counts = {g: 1 for g in self.running if g.missing == 1 and not g.exhausted}
         budget = self.step_tokens
         for generation in self.running:
             if generation.missing > 1 and (chunk := self._chunk(generation)) <= budget:
@@ -115,13 +147,21 @@ class Scheduler:
         chunks = [Chunk(generation, count) for generation, count in counts.items()]
         return sorted(chunks, key=lambda chunk: (chunk.count == 1, chunk.generation.held))
 
-    def computed(self, chunks: Iterable[Chunk]) -> None:
-        """The step is done: its keys and values are in the pages, and full pages can be shared."""
+    def launched(self, chunks: Iterable[Chunk]) -> None:
+        """The step is under way: whatever comes after it finds its keys and values in the pages."""
         for chunk in chunks:
-            generation = chunk.generation
-            assert generation.table is not None, "what runs has pages"
+            generation, complete = chunk.generation, chunk.complete
             generation.held += chunk.count
-            self.pages.settle(generation.table, generation.ids, generation.held)
+            if complete and generation.sampler is not None:
+                generation.ids.append(UNKNOWN)
+                generation.pending += 1
+
+    def landed(self, generations: Iterable[Generation]) -> None:
+        """The tokens of a step are known: full pages of them can be shared."""
+        for generation in generations:
+            if generation.table is not None:
+                known = len(generation.ids) - generation.pending
+                self.pages.settle(generation.table, generation.ids, min(generation.held, known))
 
     def check(self) -> None:
         """Assert that nothing is lost."""
@@ -129,10 +169,12 @@ class Scheduler:
             assert queue == sorted(queue, key=_arrival), "first come, first served"
         assert all(g.table is None and g.held == 0 for g in self.waiting)
         self.pages.check([g.table for g in self.running if g.table is not None])
+        slots = [*self.slots, *(g.slot for g in self.running)]
+        assert sorted(slots) == list(range(self.max_running)), "a slot is lost or has two owners"
 
     def _grow(self) -> None:
         """A place for every token that is to be computed, at the cost of those who came last."""
-        for generation in list(self.running):
+        for generation in [g for g in self.running if not g.exhausted]:
             while generation.table is not None and not self.pages.extend(
                 generation.table, len(generation.ids)
             ):
@@ -151,7 +193,7 @@ class Scheduler:
         begun = {(g.namespace, g.request.ids) for g in self.running if g.missing > 1}
         free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
         generation = next(free, None)
-        if generation is None:
+        if generation is None or generation.pending:
             return None
         spare = len(self.running)  # each may want a page soon
         table = self.pages.open(
@@ -167,12 +209,14 @@ class Scheduler:
         if min(len(generation.ids) - held, self.step_tokens) > budget:
             self.pages.close(table)
             return None
-        generation.table, generation.held = table, held
+        generation.table, generation.held, generation.slot = table, held, self.slots.pop()
+        self.reused_tokens += held
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation
 
     def _preempt(self, generation: Generation) -> None:
+        self.preempted += 1
         self.running.remove(generation)
         self._give_back(generation)
         insort(self.waiting, generation, key=_arrival)
@@ -180,4 +224,5 @@ class Scheduler:
     def _give_back(self, generation: Generation) -> None:
         if generation.table is not None:
             self.pages.close(generation.table)
-        generation.table, generation.held = None, 0
+            self.slots.append(generation.slot)
+        generation.table, generation.held, generation.slot = None, 0, -1

@@ -93,17 +93,16 @@ class Speculation:
             extended.append(Chunk(chunk.generation, chunk.count, draft))
         return extended
 
-    def settle(self, scheduler: Scheduler, kv: Paged, chunks: Sequence[Chunk]) -> None:
-        """After a step whose tokens were given out: drafts that were right are computed already,
-        of the others nothing stays."""
+    def settle(self, kv: Paged, chunks: Sequence[Chunk]) -> None:
+        """After a step whose tokens are known: drafts that were right are computed already, of the
+        others nothing stays."""
         for chunk in chunks:
             generation, table = chunk.generation, chunk.generation.table
             if not chunk.draft or table is None:
-                continue  # or its answer has ended, and its pages are gone
+                continue  # or the request was aborted, and its pages are gone
             accepted = generation.missing - 1
-            wrong = generation.held + accepted, generation.held + len(chunk.draft)
-            kv.erase(table.pages, *wrong)
-            scheduler.computed([Chunk(generation, accepted)])
+            kv.erase(table.pages, generation.held + accepted, generation.held + len(chunk.draft))
+            generation.held += accepted
             self.proposed += len(chunk.draft)
             self.accepted += accepted
             self._lookups[generation].learn(len(chunk.draft), accepted)

@@ -4,15 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from xverse.kernels import reference
+from xverse.kernels import attend, reference, reference_experts, reference_sample
+from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
+from xverse.kernels.tiles import MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
+ANY_LOGITS = "logits of any dtype on CUDA"
+FP8_SINCE = (8, 9)  # conversions to and from e4m3 in the hardware
 PDL_SINCE = (9, 0)  # programmatic dependent launch
 
 
@@ -23,30 +27,40 @@ class Choice:
     operation: str
     implementation: str
     reason: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
 
     def __str__(self) -> str:
         return f"{self.operation}: {self.implementation} ({self.reason})"
 
 
 def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
-    """The function with the signature of `reference.multiply_rows`, for steps of `rows` tokens."""
+    """The function in the place of `reference.multiply_rows`, for steps of `rows` tokens."""
     operation = "products of a decode step"
-    why_not = _why_no_triton(device, dtype)
-    if why_not:
-        return _plain(operation, reference.multiply_rows, device, why_not)
-    if rows > ROWS:
-        why = f"{rows} tokens; the kernels that stream weights serve {ROWS} at most"
+    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
-    from xverse.kernels import multiply_triton
+    return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
 
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    return Choice(
-        operation,
-        "Triton, fused with norm, SwiGLU and residual" + ", dependent launch" * pdl,
-        f"{dtype} on CUDA, at most {ROWS} tokens",
-        partial(multiply_triton.multiply_rows, pdl=pdl),
-    )
+
+def add_rows(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.add_rows`, for steps of up to MOST_ROWS tokens."""
+    operation = "products onto the residual stream"
+    return _product(operation, "add_rows", "residual and its squares", device, dtype)
+
+
+def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.embed_rows`."""
+    return _one_pass("embedding of a decode step", "embed_rows", device, dtype)
+
+
+def add_norm(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.add_norm`, for any number of tokens."""
+    return _one_pass("residual and norm of many tokens", "add_norm", device, dtype)
+
+
+def swiglu_joined(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference.swiglu_joined`, for any number of tokens."""
+    return _one_pass("SwiGLU of many tokens", "swiglu_joined", device, dtype)
 
 
 def rotate_store_attend(
@@ -56,38 +70,229 @@ def rotate_store_attend(
     heads: int = 1,
     kv_heads: int = 1,
     head_dim: int = 64,
+    *,
+    fp8: bool = False,
 ) -> Choice:
     """The function in the place of `reference.rotate_store_attend`, for a step of these sizes.
 
-    It holds memory of its own: one for each stream that runs steps.
+    It holds memory of its own: one for each stream that runs steps. `fp8`: that of the pages.
     """
-    why_not = _why_no_triton(device, dtype)
+    operation = "attention of a decode step" + " over FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
     if why_not:
-        return _plain("attention of a decode step", reference.rotate_store_attend, device, why_not)
+        return _plain(operation, reference.rotate_store_attend, device, why_not)
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    scratch = attend_triton.Scratch.reserve(rows, heads, kv_heads, head_dim, device)
+    scratch = Scratch.reserve(rows, heads, kv_heads, head_dim, device, fp8=fp8)
+    by = "in the tensor cores" if scratch.cut.dots else "by sums, one query head for each key head"
     return Choice(
-        "attention of a decode step",
-        "Triton, paged, in parts, fused with rope and store" + ", dependent launch" * pdl,
-        f"{dtype} on CUDA",
+        operation,
+        f"Triton, paged, fused with rope and store, {by}" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, {rows} tokens",
         partial(attend_triton.rotate_store_attend, scratch=scratch, pdl=pdl),
+    )
+
+
+def rotate_store(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
+    """The function in the place of `reference.rotate_store`, for chunks of prompts."""
+    operation = "rope and store of prompts" + " as FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    if why_not:
+        return _plain(operation, reference.rotate_store, device, why_not)
+    from xverse.kernels import chunks_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, in one pass", why, chunks_triton.rotate_store)
+
+
+def attend_chunks(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
+    """The function in the place of `reference.attend_chunks`."""
+    operation = "attention of prompts" + " over FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    if why_not:
+        return _plain(operation, reference.attend_chunks, device, why_not)
+    from xverse.kernels import chunks_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, flash, over pages", why, chunks_triton.attend_chunks)
+
+
+def attend_whole(device: torch.device, dtype: torch.dtype, *, grouped: bool = False) -> Choice:
+    """The function in the place of `reference.attend`, for long prompts that begin here.
+
+    `grouped`: whether several query heads share a key head.
+    """
+    operation = "attention of long prompts"
+    why_not = _why_no_triton(device, dtype) or "several query heads share a key head" * grouped
+    if why_not:
+        return Choice(operation, "none of its own", why_not, reference.attend)
+    return Choice(operation, "cuDNN", f"{dtype} on CUDA", attend.attend_whole)
+
+
+def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
+    """The function in the place of `reference_sample.best_rows`, for up to `rows` rows.
+
+    This and `sample_rows` hold memory of their own: one for each stream that chooses.
+    """
+    operation = "greedy choice of tokens"
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, reference_sample.best_rows, device, why_not)
+    from xverse.kernels import sample_triton
+
+    scratch = sample_triton.Scratch.reserve(rows, vocab_size, device, greedy=True)
+    call = partial(sample_triton.best_rows, scratch=scratch)
+    return Choice(operation, "Triton, one launch, several programs a row", ANY_LOGITS, call)
+
+
+def sample_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
+    """The function in the place of `reference_sample.sample_rows`, for up to `rows` rows."""
+    operation = "choice of tokens by options"
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, reference_sample.sample_rows, device, why_not)
+    from xverse.kernels import sample_triton
+
+    scratch = sample_triton.Scratch.reserve(rows, vocab_size, device)
+    call = partial(sample_triton.sample_rows, scratch=scratch)
+    return Choice(operation, "Triton, without sorting and without the host", ANY_LOGITS, call)
+
+
+def mask_rows(device: torch.device) -> Choice:
+    """The function in the place of `reference_sample.mask_rows`."""
+    return _change("mask of allowed tokens", "mask_rows", device)
+
+
+def penalize_rows(device: torch.device) -> Choice:
+    """The function in the place of `reference_sample.penalize_rows`."""
+    return _change("penalties of tokens", "penalize_rows", device)
+
+
+def count_rows(device: torch.device) -> Choice:
+    """The function in the place of `reference_sample.count_rows`."""
+    return _change("count of tokens", "count_rows", device)
+
+
+def mixture_rows(
+    device: torch.device, dtype: torch.dtype, rows: int = 1, experts: int = 1
+) -> Choice:
+    """The function in the place of `reference_experts.mixture_rows`, for a step of these sizes.
+
+    It holds memory of its own: one for each stream that runs steps.
+    """
+    operation = "experts of a decode step"
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, reference_experts.mixture_rows, device, why_not)
+    from xverse.kernels import experts_triton, grouped_triton, route_triton
+
+    scratch = route_triton.Scratch.reserve(rows, experts, device)
+    if rows > ROWS:
+        why = f"{rows} tokens; up to {ROWS} take each expert's weights without being sorted"
+        call = partial(grouped_triton.mixture_rows, scratch=scratch)
+        return Choice(operation, "Triton, sorted by expert", why, call)
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, router included, fused with norm, SwiGLU and residual"
+        + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {ROWS} tokens",
+        partial(experts_triton.mixture_rows, scratch=scratch, pdl=pdl),
+    )
+
+
+def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> Choice:
+    """The function with the signature of `reference_experts.mix_experts`, for any number of tokens.
+
+    `why_not`: why these experts can only be called one by one, if so.
+    """
+    operation = "experts of a prompt"
+    why_not = _why_no_triton(device, dtype) or why_not
+    if why_not:
+        return _plain(operation, reference_experts.mix_experts, device, why_not)
+    from xverse.kernels import grouped_triton
+
+    return Choice(
+        operation,
+        "Triton, sorted by expert, without a loop over experts",
+        f"{dtype} on CUDA",
+        grouped_triton.mix_experts,
     )
 
 
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
-    return [multiply_rows(device, dtype), rotate_store_attend(device, dtype)]
+    attention = (rotate_store_attend, rotate_store, attend_chunks)
+    choosing = (best_rows, sample_rows, mask_rows, penalize_rows, count_rows)
+    return [
+        multiply_rows(device, dtype),
+        add_rows(device, dtype),
+        embed_rows(device, dtype),
+        add_norm(device, dtype),
+        swiglu_joined(device, dtype),
+        *(choose(device, dtype) for choose in attention),
+        *(choose(device, dtype, fp8=True) for choose in attention),
+        attend_whole(device, dtype),
+        *(choice(device) for choice in choosing),
+        mixture_rows(device, dtype),
+        mix_experts(device, dtype),
+    ]
 
 
-def _plain(operation: str, call: Callable[..., Tensor], device: torch.device, why: str) -> Choice:
+def _change(operation: str, name: str, device: torch.device) -> Choice:
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, getattr(reference_sample, name), device, why_not)
+    from xverse.kernels import change_triton
+
+    call = getattr(change_triton, name)
+    return Choice(operation, "Triton, in place, only what changes", ANY_LOGITS, call)
+
+
+def _product(
+    operation: str, name: str, fused: str, device: torch.device, dtype: torch.dtype
+) -> Choice:
+    """A product by the kernels that stream weights; it holds memory of its own, see Scratch."""
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, getattr(reference, name), device, why_not)
+    from xverse.kernels import multiply_rows_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        f"Triton, fused with {fused}" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {MOST_ROWS} tokens; above, cuBLAS",
+        partial(
+            getattr(multiply_rows_triton, name), scratch=multiply_rows_triton.Scratch(), pdl=pdl
+        ),
+    )
+
+
+def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What stands between products, by a kernel that reads and writes memory once."""
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, getattr(reference, name), device, why_not)
+    from xverse.kernels import between_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, in one pass" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA",
+        partial(getattr(between_triton, name), pdl=pdl),
+    )
+
+
+def _plain(operation: str, call: Callable[..., Any], device: torch.device, why: str) -> Choice:
     if device.type == "cuda":
         warn_once(f"{operation}: plain PyTorch, since {why}.")
     return Choice(operation, "plain PyTorch, the reference", why, call)
 
 
-def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
+def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str:
     """Why the Triton kernels do not serve here; empty where they do."""
     if device.type != "cuda":
         return f"they are for NVIDIA GPUs, and this is {device.type}"
@@ -96,6 +301,8 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < TRITON_SINCE:
         return f"compute capability {capability} is below {TRITON_SINCE}"
+    if fp8 and capability < FP8_SINCE:
+        return f"compute capability {capability} is below {FP8_SINCE}, the first with FP8"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is not among bfloat16 and float16"
     return ""

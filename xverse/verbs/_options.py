@@ -21,6 +21,9 @@ class ModelOptions:
     speculate: int = 0
     """Guess up to so many tokens (8, say) from the text so far: faster where answers repeat it."""
 
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """fp8 keeps keys and values in 8 bits: twice the conversations in the same memory."""
+
     def load(self, model: str) -> "LLM":
         """The model, ready to answer."""
         from xverse.engine.llm import LLM
@@ -30,6 +33,7 @@ class ModelOptions:
             dtype=self.dtype,
             device=self.device,
             quantize=self.quantize,
+            kv_dtype=self.kv_dtype,
             speculate=self.speculate,
         )
 

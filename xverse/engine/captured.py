@@ -1,0 +1,103 @@
+"""DECODING ROWS -> LOGITS, ON A GPU. The fused decode step over the pages, as CUDA graphs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xverse.engine.paged import Paged
+from xverse.engine.step import DecodeStep
+from xverse.model.decoder import Decoder
+
+Run = Callable[[], Tensor]
+
+
+def padded(rows: int) -> int:
+    """The size of the captured step that serves so many rows: at most an eighth is wasted from 16
+    rows on, since above that arithmetic counts, and below it only the weights do."""
+    if rows <= 16:
+        return 1 << (rows - 1).bit_length()
+    step = max(8, (1 << (rows - 1).bit_length()) // 16)
+    return -(-rows // step) * step
+
+
+class CapturedSteps:
+    """Decode steps of any number of rows, captured when a size is first wanted.
+
+    `tables` [slots + 1, P] (int32) and `latest` [slots + 1] (int64) hold each slot's pages and its
+    last token; their last row is for rows that nobody fills, and leads to a page that nobody has.
+    """
+
+    def __init__(self, decoder: Decoder, kv: Paged, tables_SP: Tensor, latest_S: Tensor) -> None:
+        self.decoder, self.kv = decoder, kv
+        self.tables_SP, self.latest_S = tables_SP, latest_S
+        self._steps: dict[int, tuple[Tensor, Run]] = {}
+        # One memory for all graphs: they never run side by side, and what one leaves is read
+        # before the next begins.
+        self._pool = torch.cuda.graph_pool_handle() if kv.device.type == "cuda" else None
+
+    def __call__(self, inputs_3B: Tensor, rows: int) -> Tensor:
+        """Logits [B, V] of one new token each; valid until the next call.
+
+        `inputs` [3, B] (int32): slot, position, and id, or -1 for the latest of the slot.
+        """
+        static_3B, run = self.prepare(padded(rows))
+        static_3B[:, :rows].copy_(inputs_3B)
+        if rows < static_3B.shape[1]:
+            static_3B[0, rows:] = len(self.latest_S) - 1
+            static_3B[1:, rows:] = 0
+        return run()[:rows]
+
+    def prepare(self, size: int) -> tuple[Tensor, Run]:
+        """The step of `size` rows, captured now unless it is already."""
+        if size not in self._steps:
+            self._steps[size] = self._capture(size)
+        return self._steps[size]
+
+    def rehearse(self, size: int) -> Tensor:
+        """Logits of a step of `size` rows that nobody fills, not captured."""
+        return self._step(size)[1]()
+
+    def _capture(self, size: int) -> tuple[Tensor, Run]:
+        static_3B, run = self._step(size)
+        if self.kv.device.type != "cuda":  # where the tests are: by the plain references
+            return static_3B, run
+        return static_3B, captured(run, self._pool)
+
+    def _step(self, size: int) -> tuple[Tensor, Run]:
+        device = self.kv.device
+        static_3B = torch.zeros(3, size, dtype=torch.int32, device=device)
+        static_3B[0] = len(self.latest_S) - 1
+        pages = self.tables_SP[static_3B[0]]
+        keys, values = list(self.kv.keys), list(self.kv.values)
+        scales = [self.kv.scales(layer) for layer in range(len(keys))]
+        step = DecodeStep(self.decoder, keys, values, pages, scales)
+
+        def run() -> Tensor:
+            slots_B, positions_B, ids_B = static_3B
+            step.pages.copy_(self.tables_SP[slots_B])
+            step.positions.copy_(positions_B)
+            step.ids.copy_(torch.where(ids_B < 0, self.latest_S[slots_B], ids_B))
+            return step()
+
+        return static_3B, run
+
+
+def captured(run: Run, pool: Any = None) -> Run:
+    """The operations of `run` as a CUDA graph. They run twice here before they are captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+
+    def replay(run: Run = run) -> Tensor:  # whose tensors the graph reads: they must stay
+        graph.replay()
+        return result
+
+    return replay

@@ -1,0 +1,253 @@
+"""CHUNKS -> TOKENS, ON A GPU. Steps that the host only sends off, and reads a step later.
+
+What a step needs lies on the device: the page table of every slot, and the token last chosen for
+it. So the host never waits for a token before it sends the next step: it knows which sequences
+come along and how long they are, and not what they say.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
+
+import numpy
+import torch
+from torch import Tensor
+
+from xverse.engine.captured import CapturedSteps, padded
+from xverse.engine.device_sampler import DeviceSampler, Picked, Row
+from xverse.engine.paged import Paged
+from xverse.engine.pages import Table
+from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
+from xverse.engine.request import Sampling
+from xverse.engine.runner import Choice, Chosen, Flight, choosing, score
+from xverse.engine.sampler import Sampler, not_a_number
+from xverse.engine.scheduler import Chunk, Generation
+from xverse.engine.step import unfit
+from xverse.log import warn_once
+from xverse.model.decoder import Decoder
+
+
+class DeviceRunner:
+    """Decoding rows go through captured steps, prompts through `PromptStep`, all of one stream.
+
+    `slots` sequences at most run at once; `spare` is a page of the pool that none of them has.
+    """
+
+    def __init__(self, decoder: Decoder, kv: Paged, *, slots: int, spare: int) -> None:
+        self.decoder, self.kv, self.slots = decoder, kv, slots
+        width = -(-decoder.shape.context_length // kv.page_size)
+        # Row `slots` of both is for rows of a captured step that nobody fills.
+        self.tables_SP = torch.full((slots + 1, width), spare, dtype=torch.int32, device=kv.device)
+        self.latest_S = torch.zeros(slots + 1, dtype=torch.int64, device=kv.device)
+        self.sampler = DeviceSampler(slots, decoder.shape.vocab_size, kv.device)
+        self.steps = CapturedSteps(decoder, kv, self.tables_SP, self.latest_S)
+        self.prompts = PromptStep(decoder, kv)
+        self._seated: list[Table | None] = [None] * slots
+
+    @classmethod
+    def why_not(cls, decoder: Decoder, kv: Paged) -> str:
+        """Why this decoder cannot be run so; empty where it can. On a GPU a reason is said once."""
+        weight = decoder.model.embed_tokens.weight
+        if weight.device.type != "cuda":
+            return "It is not on a GPU."
+        why_not = unfit(decoder)
+        if kv.fixed_rows is not None:
+            why_not = "Deterministic mode computes every token in rows of one size."
+        elif weight.dtype != torch.bfloat16:
+            why_not = f"Its weights are {weight.dtype}, and the kernels are for bfloat16."
+        if why_not:
+            warn_once(f"steps run without the fused kernels, and slower: {why_not}")
+        return why_not
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> Flight:
+        """Send the step off. Waits for the device only where prompt tokens are to be scored."""
+        self._seat(chunks)
+        decoding = [chunk for chunk in chunks if _decodes(chunk)]
+        others = [chunk for chunk in chunks if not _decodes(chunk)]
+        ordered, found = [*others, *decoding], []
+        if others:
+            hidden_TD = self.prompts(self._prompts(others))
+            score(self.decoder, self.kv, others, hidden_TD)
+            ends = accumulate(chunk.count for chunk in others)
+            last = [end - 1 for end, chunk in zip(ends, others, strict=True) if _chooses(chunk)]
+            if last:
+                found.append(self.decoder.logits(hidden_TD[self._upload(last)]))
+        if decoding:
+            found.append(self.steps(self._inputs(decoding), len(decoding)))
+        if not found:
+            return Flight.of(ordered, lambda: [])
+        logits_BV = found[0] if len(found) == 1 else torch.cat(found)
+        return Flight.of(ordered, self._choose(choosing(ordered), logits_BV))
+
+    def prepare(self) -> None:
+        """Capture the steps of all sizes."""
+        with torch.inference_mode():
+            for size in sorted({padded(rows) for rows in range(1, self.slots + 1)}, reverse=True):
+                self.steps.prepare(size)
+
+    def rehearse(self, step_tokens: int) -> int:
+        """Run the largest steps on the spare page; the most bytes they took beside what stays."""
+        device, context = self.kv.device, self.decoder.shape.context_length
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        everything = Sampling(
+            temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20, seed=0
+        )
+        for slot in range(self.slots):
+            self.sampler.enter(slot, Sampler(everything.over({})), [0], [])
+        counts = [min(context, step_tokens - start) for start in range(0, step_tokens, context)]
+        with torch.inference_mode():
+            hidden_TD = self.prompts(self._prompt_rows([(self.slots, 0, n) for n in counts]))
+            del hidden_TD
+            prompts = torch.cuda.max_memory_allocated(device) - before
+            logits_BV = self.steps.rehearse(self.slots)
+            slots_B = torch.arange(self.slots, device=device)
+            self.sampler.choose(logits_BV, slots_B, [Row(i, 0) for i in range(self.slots)])
+        torch.cuda.synchronize(device)
+        # Captured steps keep what they work in, so both may be taken at once.
+        return prompts + torch.cuda.max_memory_allocated(device) - before
+
+    def _choose(
+        self, generations: Sequence[Generation], logits_BV: Tensor
+    ) -> Callable[[], list[Choice]]:
+        slots_B = self._upload([g.slot for g in generations])
+        rows = [Row(g.slot, len(g.ids) - len(g.request.ids)) for g in generations]
+        picked = self.sampler.choose(logits_BV, slots_B, rows)
+        self.latest_S.index_copy_(0, slots_B, picked.ids_B.clamp(min=0))
+        return _read(picked, [g.sampler.sampling.logprobs for g in generations if g.sampler])
+
+    def _seat(self, chunks: Sequence[Chunk]) -> None:
+        """Bring the device's page tables up to date, and the options of who has just come."""
+        places: list[int] = []
+        pages: list[int] = []
+        width = self.tables_SP.shape[1]
+        for generation in (chunk.generation for chunk in chunks):
+            table, slot = generation.table, generation.slot
+            assert table is not None, "what runs has pages"
+            if self._seated[slot] is not table:
+                assert generation.sampler is None or not generation.pending
+                self._seated[slot], table.stale = table, 0
+                prompt = len(generation.request.ids)
+                if generation.sampler is not None:
+                    self.sampler.enter(
+                        slot, generation.sampler, generation.ids[:prompt], generation.ids[prompt:]
+                    )
+            if table.stale < len(table.pages):
+                start = slot * width
+                places += range(start + table.stale, start + len(table.pages))
+                pages += table.pages[table.stale :]
+                table.stale = len(table.pages)
+        if places:
+            both = self._upload([places, pages])
+            self.tables_SP.view(-1).index_copy_(0, both[0], both[1].int())
+
+    def _inputs(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Slot, position and id (UNKNOWN: the slot's latest) of each decoding row, [3, B] int32."""
+        some = [chunk.generation for chunk in chunks]
+        rows = [[g.slot for g in some], [g.held for g in some], [g.ids[g.held] for g in some]]
+        return self._upload(rows, numpy.int32)
+
+    def _prompts(self, chunks: Sequence[Chunk]) -> Prompts:
+        ids = (c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks)
+        spans = [(c.generation.slot, c.generation.held, c.count) for c in chunks]
+        return self._prompt_rows(spans, chain.from_iterable(ids))
+
+    def _prompt_rows(
+        self, spans: Sequence[tuple[int, int, int]], ids: Iterable[int] | None = None
+    ) -> Prompts:
+        """Of (slot, held, count) each; without `ids` they are all 0."""
+        whole = len(spans) == 1 and spans[0][1] == 0 and spans[0][2] >= self.prompts.whole_from
+        if whole:
+            spans, ids = self._filled_up(spans[0], ids or ())
+        counts = [count for _, _, count in spans]
+        rows = numpy.empty((3, sum(counts)), numpy.int32)  # slot, position, id
+        rows[0] = numpy.repeat([slot for slot, _, _ in spans], counts)
+        rows[1] = numpy.concatenate([numpy.arange(held, held + n) for _, held, n in spans])
+        rows[2] = 0 if ids is None else numpy.fromiter(ids, numpy.int32)
+        offsets = [0, *accumulate(counts)]
+        ends = self._upload([offsets[:-1], offsets[1:], [held for _, held, _ in spans]], "i4")
+        slot_T, positions_T, ids_T = self._upload(rows, numpy.int32)
+        slots_B = self._upload([slot for slot, _, _ in spans])
+        size = self.kv.page_size
+        page_T = self.tables_SP[slot_T, positions_T // size]
+        return Prompts(
+            ids_T=ids_T,
+            positions_T=positions_T,
+            places_T=page_T.long() * size + positions_T % size,
+            tables_BP=self.tables_SP[slots_B],
+            offsets_B1=torch.cat((ends[0], ends[1, -1:])),
+            held_B=ends[2],
+            longest=max(counts),
+            whole=whole,
+        )
+
+    def _filled_up(
+        self, span: tuple[int, int, int], ids: Iterable[int]
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """A long prompt, and after it rows that nobody reads."""
+        slot, held, count = span
+        more = -count % WHOLE_MULTIPLE
+        fill = [(self.slots, 0, more)] if more else []
+        given = list(ids) or [0] * count
+        return [(slot, held, count), *fill], given + [0] * more
+
+    def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
+        """A copy on the device that nobody waits for."""
+        here = torch.from_numpy(numpy.asarray(numbers, dtype))  # type: ignore[call-overload]
+        if self.kv.device.type != "cuda":
+            return here
+        return here.pin_memory().to(self.kv.device, non_blocking=True)
+
+
+def _decodes(chunk: Chunk) -> bool:
+    generation = chunk.generation
+    return chunk.count == 1 and _chooses(chunk) and generation.unscored >= len(generation.ids)
+
+
+def _chooses(chunk: Chunk) -> bool:
+    return chunk.complete and chunk.generation.sampler is not None
+
+
+def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Choice]]:
+    """Start to copy what was chosen; the function waits for it and gives it as the host wants."""
+    parts = (picked.ids_B, picked.logprobs_B, picked.top_ids_BN, picked.top_logprobs_BN)
+    copies = [None if part is None else _start_copy(part) for part in parts]
+    done = torch.cuda.Event() if picked.ids_B.is_cuda else None
+    if done is not None:
+        done.record()
+
+    def choices() -> list[Choice]:
+        if done is not None:
+            done.synchronize()
+        ids, *others = (None if copy is None else copy.tolist() for copy in copies)
+        assert ids is not None, "something is always chosen"
+        return [_choice(row, id, wanted[row], *others) for row, id in enumerate(ids)]
+
+    return choices
+
+
+def _choice(
+    row: int,
+    id: int,
+    wanted: int | None,
+    logprobs: list[float] | None,
+    top_ids: list[list[int]] | None,
+    top_logprobs: list[list[float]] | None,
+) -> Choice:
+    if id < 0:
+        return not_a_number()
+    if wanted is None:
+        return Chosen(id)
+    assert logprobs is not None, "whoever wants log-probabilities gets them"
+    if not wanted:
+        return Chosen(id, logprobs[row])
+    assert top_ids is not None, "whoever wants the best gets them"
+    assert top_logprobs is not None, "and their log-probabilities"
+    pairs = zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)
+    return Chosen(id, logprobs[row], tuple(pairs))
+
+
+def _start_copy(part: Tensor) -> Tensor:
+    if not part.is_cuda:
+        return part.clone()
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
