@@ -43,7 +43,8 @@ class EngineOptions:
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
     in another shape, its last bits differ, unless `deterministic`.
     `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
-    beside the one that is due, while few run; answers stay the same. 0 is off.
+    beside the one that is due, while few run; answers stay the same. 0 is off. Not where steps
+    overlap, as on a GPU.
     """
 
     kv_tokens: int | None = None

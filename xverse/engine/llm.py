@@ -29,7 +29,7 @@ class LLM:
     Threads may share an LLM: what they ask for is computed together. On a CPU that changes no bit
     of an answer; with `deterministic` it never does, and common beginnings are computed once.
     `speculate` 8 guesses up to 8 tokens at a time from what a text holds already, which is faster
-    where answers repeat their prompts, and changes no answer.
+    where answers repeat their prompts, and changes no answer; not on a GPU with the fused kernels.
     """
 
     def __init__(

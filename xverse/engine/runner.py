@@ -84,10 +84,8 @@ class PlainRunner:
             logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
             for generation, found in choose(chunks, logits_BV):
                 choices += found
-                # What follows a draft that was right stands behind it.
-                flight.choosing += [
-                    (generation, len(generation.ids) + i) for i in range(len(found))
-                ]
+                place = len(generation.ids)  # what follows a draft that was right stands behind it
+                flight.choosing += [(generation, place + i) for i in range(len(found))]
         score(decoder, kv, chunks, hidden_TD)
         return flight
 

@@ -41,7 +41,8 @@ class Generation:
     slot: int = -1
 
     def put(self, place: int, id: int) -> None:
-        """The token chosen for `place`: one that was pending, or after it a guess that was right."""
+        """The token chosen for `place`: one that was pending, or one after a guess that was
+        right."""
         if place < len(self.ids):
             self.ids[place] = id
             self.pending -= 1
