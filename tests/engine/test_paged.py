@@ -46,6 +46,32 @@ def test_every_logit_as_if_alone(seed: int, dynamic: bool) -> None:
             assert torch.allclose(got, expected, atol=1e-4)
 
 
+def test_tokens_that_come_apart_are_attended_to_as_if_one_by_one() -> None:
+    """To the last bit of what attention mixes, in pages of 16; and what is erased is zero."""
+    decoder, pages = tiny_decoder(), [5, 0, 3]
+    heads, size = decoder.shape.num_attention_heads, decoder.shape.head_dim
+    q = torch.randn(40, heads, size, generator=torch.Generator().manual_seed(0))
+    k, v = q[:, :2] * 0.7, q[:, 2:] * 0.3
+    together, one_by_one = (Paged(decoder.shape, 6, 16, dtype=torch.float32) for _ in range(2))
+    for kv in (together, one_by_one):
+        kv.begin([Part(pages, 0, 29, 29)])
+        kv.attend(0, q[:29], k[:29], v[:29])
+    together.begin([Part(pages, 29, 7, 29, apart=True), Part([4], 0, 1, 1)])
+    mixed = together.attend(0, q[29:37], k[29:37], v[29:37])
+    for place in range(29, 36):
+        one_by_one.begin([Part(pages, place, 1, 29)])
+        row = slice(place, place + 1)
+        assert torch.equal(
+            one_by_one.attend(0, q[row], k[row], v[row]), mixed[place - 29 : place - 28]
+        )
+    assert torch.equal(together.keys[:, pages], one_by_one.keys[:, pages])
+    together.erase(pages, 31, 36)
+    left = together.keys[0, pages].transpose(0, 1).flatten(1, 2)
+    assert torch.equal(left[:, :31], k[:31].transpose(0, 1))
+    assert not left[:, 31:].any()
+    assert together.keys[0, 4].any()
+
+
 def test_padding_is_never_seen() -> None:
     """Short beside long, in pages where somebody left what is no number."""
     decoder = tiny_decoder()

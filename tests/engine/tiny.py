@@ -1,7 +1,10 @@
 """A decoder small enough for hundreds of steps, and what the plain decoder says."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
+
+import torch
 
 from xverse.engine.request import Sampling
 from xverse.engine.simple import decode
@@ -34,6 +37,15 @@ def dynamic_decoder() -> Decoder:
     return _random(CONFIG | {"max_position_embeddings": 16, "rope_scaling": scaling})
 
 
+@cache
+def repeating_decoder(dtype: torch.dtype = torch.float32, *, dynamic: bool = False) -> Decoder:
+    """Attention whispers only, so that answers run in circles: there is something to guess."""
+    decoder = deepcopy(dynamic_decoder() if dynamic else tiny_decoder())
+    for block in decoder.model.layers:
+        block.self_attn.o_proj.weight.mul_(0.01)
+    return decoder.to(dtype)
+
+
 def _random(config: dict[str, object]) -> Decoder:
     return initialize(Decoder(ModelShape.from_config(config)), std=0.3).requires_grad_(False)
 
@@ -48,6 +60,8 @@ def plain_answer(prompt: tuple[int, ...], max_tokens: int) -> Sequence[int]:
 
 
 @cache
-def plain_choice(prompt: tuple[int, ...], sampling: Sampling) -> Sequence[int]:
+def plain_choice(
+    prompt: tuple[int, ...], sampling: Sampling, decoder: Decoder | None = None
+) -> Sequence[int]:
     """The ids that the plain decoder chooses, alone."""
-    return [t.id for t in decode(tiny_decoder(), [prompt], [sampling])]
+    return [t.id for t in decode(decoder or tiny_decoder(), [prompt], [sampling])]

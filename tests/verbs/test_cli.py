@@ -108,6 +108,17 @@ def test_generate_takes_an_argument_or_standard_input(
     assert "--chat" in err
 
 
+def test_guessing_reaches_the_engine_and_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["generate", str(folder), "1 and 2 and 1 and", "--json", "--temperature", "0"]
+    ask += ["--max-tokens", "20", "--repetition-penalty", "1"]
+    assert in_process(capsys, *ask, "--speculate", "8") == in_process(capsys, *ask)
+    code, _, err = in_process(capsys, *ask, "--speculate", "99")
+    assert code == 1
+    assert "speculate" in err
+
+
 def test_options_come_from_flags_over_toml_over_defaults(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

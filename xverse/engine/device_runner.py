@@ -20,7 +20,15 @@ from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
 from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
 from xverse.engine.request import Sampling
-from xverse.engine.runner import Choice, Chosen, Flight, choosing, score
+from xverse.engine.runner import (
+    Choice,
+    Chosen,
+    Flight,
+    choose,
+    choosing,
+    choosing_rows,
+    score,
+)
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
@@ -62,25 +70,32 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Flight:
-        """Send the step off. Waits for the device only where prompt tokens are to be scored."""
+        """Send the step off. Waits for the device only where prompt tokens are to be scored, or
+        guesses to be judged."""
         self._seat(chunks)
         # The longest first: they start together, and the short ones fill up behind them.
         decoding = [chunk for chunk in reversed(chunks) if _decodes(chunk)]
-        others = [chunk for chunk in chunks if not _decodes(chunk)]
-        ordered, found = [*others, *decoding], []
+        guessing = [chunk for chunk in chunks if chunk.draft]
+        prompts = [chunk for chunk in chunks if not (chunk.draft or _decodes(chunk))]
+        others, found = [*guessing, *prompts], []
         if others:
             hidden_TD = self.prompts(self._prompts(others))
             score(self.decoder, self.kv, others, hidden_TD)
-            ends = accumulate(chunk.count for chunk in others)
-            last = [end - 1 for end, chunk in zip(ends, others, strict=True) if _chooses(chunk)]
-            if last:
-                found.append(self.decoder.logits(hidden_TD[self._upload(last)]))
+            if rows := choosing_rows(others):
+                found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
+        flight = Flight([*others, *decoding], [], list)
         if not found:
-            return Flight.of(ordered, lambda: [])
+            return flight
         logits_BV = found[0] if len(found) == 1 else torch.cat(found)
-        return Flight.of(ordered, self._choose(choosing(ordered), logits_BV))
+        guessed = sum(chunk.rows for chunk in guessing)
+        if generations := choosing([*prompts, *decoding]):
+            flight.choosing = [(generation, len(generation.ids)) for generation in generations]
+            flight.choices = self._choose(generations, logits_BV[guessed:])
+        if guessing:
+            self._follow(flight, guessing, logits_BV[:guessed])
+        return flight
 
     def prepare(self) -> None:
         """Capture the steps of all sizes."""
@@ -123,6 +138,14 @@ class DeviceRunner:
         read = _read(picked, [sampler.sampling.logprobs for sampler in samplers])
         return lambda: allowed.accept(read())
 
+    def _follow(self, flight: Flight, guessing: Sequence[Chunk], logits_RV: Tensor) -> None:
+        """What is chosen after each token of a guess for as long as it is right: by the host, which
+        must know anyhow before the next step."""
+        for generation, found in choose(guessing, logits_RV):
+            flight.add(generation, found)
+            if generation.sampler is not None and generation.sampler.penalized:
+                self._seated[generation.slot] = None  # the device has not counted these tokens
+
     def _seat(self, chunks: Sequence[Chunk]) -> None:
         """Bring the device's page tables up to date, and the options of who has just come."""
         places: list[int] = []
@@ -155,8 +178,11 @@ class DeviceRunner:
         return self._upload(rows, numpy.int32)
 
     def _prompts(self, chunks: Sequence[Chunk]) -> Prompts:
-        spans = [(c.generation.slot, c.generation.held, c.count) for c in chunks]
-        ids = [c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks]
+        spans = [(c.generation.slot, c.generation.held, c.rows) for c in chunks]
+        ids = [
+            [*c.generation.ids[c.generation.held : c.generation.held + c.count], *c.draft]
+            for c in chunks
+        ]
         return self._prompt_rows(spans, numpy.concatenate([numpy.array(i, "i4") for i in ids]))
 
     def _prompt_rows(
@@ -205,7 +231,7 @@ class DeviceRunner:
 
 def _decodes(chunk: Chunk) -> bool:
     generation = chunk.generation
-    return chunk.count == 1 and _chooses(chunk) and generation.unscored >= len(generation.ids)
+    return chunk.rows == 1 and _chooses(chunk) and generation.unscored >= len(generation.ids)
 
 
 def _chooses(chunk: Chunk) -> bool:

@@ -25,7 +25,9 @@ from xverse.engine.request import Failed, Finish, Request, Scores, Token
 from xverse.engine.runner import Choice, Chosen, Flight, PlainRunner, Runner
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation, Scheduler
+from xverse.engine.speculate import Speculation
 from xverse.errors import XverseError
+from xverse.kernels.multiply import ROWS
 from xverse.log import logger
 from xverse.model.decoder import Decoder
 from xverse.text.tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class EngineOptions:
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
     in another shape, its last bits differ, unless `deterministic`.
     `grammar_seconds`: how long one grammar may be compiled.
+    `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
+    beside the one that is due, while few run; answers stay the same. 0 is off.
     """
 
     kv_tokens: int | None = None
@@ -54,6 +58,7 @@ class EngineOptions:
     deterministic: bool = False
     share_prefixes: bool = True
     grammar_seconds: float = 5.0
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -64,6 +69,13 @@ class EngineOptions:
                     "It counts tokens or sequences.",
                     "Give a whole number of at least 1.",
                 )
+        if type(self.speculate) is not int or not 0 <= self.speculate < ROWS:
+            raise XverseError(
+                f"speculate cannot be {self.speculate!r:.60}.",
+                f"It is a whole number from 0 to {ROWS - 1}: with the token that is due, what a "
+                "product computes at the price of one.",
+                "Give 8, or 0 to guess nothing.",
+            )
         if type(self.grammar_seconds) not in (int, float) or not 0 < self.grammar_seconds <= 600:
             raise XverseError(
                 f"grammar_seconds cannot be {self.grammar_seconds!r:.60}.",
@@ -131,6 +143,7 @@ class Engine:
         self._flight: Flight | None = None  # the step under way
         self._landed: list[Generation] = []  # whose pages are still to be settled
         logger.info("the KV cache has room for %d tokens", self.capacity)
+        self.speculation = Speculation(self.options.speculate)
         self._generations: dict[int, Generation] = {}
         self._tokenizer = tokenizer
         self._compiling: dict[int, Ask] = {}  # requests that wait for their grammar
@@ -219,9 +232,12 @@ class Engine:
         says has been computed one token too far.
         """
         found = self._admit_compiled()
-        if any(generation.waits_for_host for generation in self.scheduler.running):
+        guesses = self.speculation.wanted(self.scheduler)
+        if guesses or any(generation.waits_for_host for generation in self.scheduler.running):
             found += self._land()
         chunks = self.scheduler.plan()
+        if guesses:
+            chunks = self.speculation.extend(self.scheduler, chunks)
         if not (chunks or self._flight):
             assert len(self._generations) == len(self._compiling), "who fits, fits when alone"
             if self._compiling and not found:
@@ -304,8 +320,8 @@ class Engine:
         landed = [found for found in flight.land() if self._alive(found[0])]
         for generation, place, choice in landed:
             if isinstance(choice, Chosen):
-                generation.ids[place] = choice.id
-                generation.pending -= 1
+                generation.put(place, choice.id)
+        self.speculation.settle(self.kv, flight.chunks)
         self._landed += [chunk.generation for chunk in flight.chunks]
         landed.sort(key=lambda found: found[0].number)
         return [output for found in landed for output in self._take(*found)]
@@ -340,6 +356,8 @@ class Engine:
     def _take(self, generation: Generation, place: int, choice: Choice) -> Iterator[Output]:
         """The outputs of a generation whose ids before `place` are all computed."""
         number, request = generation.number, generation.request
+        if not self._alive(generation):
+            return  # it ended within its draft
         first = place == len(request.ids)
         if first and any(map(math.isnan, generation.scores)):
             choice = not_a_number()

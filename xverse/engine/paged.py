@@ -24,17 +24,20 @@ class Part:
     """What one sequence brings to a step: `count` new tokens after `held` ones, in `pages`.
 
     Rope that scales with the length counts at least the `prompt`'s tokens, however it is cut.
+    Tokens that come `apart` are attended to as each would be in a step of its own, to the bit.
     """
 
     pages: Sequence[int]
     held: int
     count: int
     prompt: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbours in the row that are attended to in one call."""
+    """Neighbours in the row that are attended to in one call: B of one token each, whose table may
+    be the same one; or several tokens of one sequence."""
 
     rows: slice
     tables_BP: Tensor
@@ -129,7 +132,8 @@ class Paged:
             v_BKSE = _gather(values, value_scales, group.tables_BP, q.dtype)
             if len(group.lengths_B) == len(q) and self.fixed_rows is None:
                 seen = torch.arange(k_BKSE.shape[2], device=self.device)
-                mixed.append(attend_batch(q, k_BKSE, v_BKSE, seen < group.lengths_B[:, None]))
+                k, v = (side.expand(len(q), -1, -1, -1) for side in (k_BKSE, v_BKSE))
+                mixed.append(attend_batch(q, k, v, seen < group.lengths_B[:, None]))
             else:
                 k_KSE, v_KSE = (side[0, :, : group.seen] for side in (k_BKSE, v_BKSE))
                 mixed.append(attend_sequence(q, k_KSE, v_KSE))
@@ -157,8 +161,20 @@ class Paged:
         ]
         if fresh:
             pages = self._tensor(fresh)
-            for pool in (self.keys.view(torch.uint8), self.values.view(torch.uint8), *self._scales):
+            for pool in self._pools():
                 pool.index_fill_(1, pages, 0)
+
+    def erase(self, pages: Sequence[int], first: int, last: int) -> None:
+        """Zero the places from `first` to before `last` of a sequence, for the same reason."""
+        if first < last:
+            places = torch.arange(first, last, device=self.device)
+            page, slot = self._tensor(pages)[places // self.page_size], places % self.page_size
+            for pool in self._pools():
+                pool[:, page, :, slot] = 0
+
+    def _pools(self) -> list[Tensor]:
+        """All memory, as types that every operation knows."""
+        return [self.keys.view(torch.uint8), self.values.view(torch.uint8), *self._scales]
 
     def _grouped(self, parts: Sequence[Part]) -> Iterator[_Group]:
         start = 0
@@ -172,6 +188,8 @@ class Paged:
                 for part, tokens in zip(group, seen, strict=True)
             ]
             count = sum(part.count for part in group)
+            if group[0].apart:
+                seen = list(range(group[0].held + 1, group[0].held + count + 1))
             yield _Group(
                 slice(start, start + count), self._tensor(tables), self._tensor(seen), max(seen)
             )

@@ -4,8 +4,8 @@
 sends it to a GPU and returns at once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,15 +41,22 @@ class Flight:
     chunks: Sequence[Chunk]
     choosing: list[tuple[Generation, int]]
     choices: Callable[[], list[Choice]]  # waits for the step
+    known: list[Choice] = field(default_factory=list)  # of the last ones of `choosing`
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], choices: Callable[[], list[Choice]]) -> "Flight":
         """The step of `chunks`, before any of them counts as computed."""
         return cls(chunks, [(g, len(g.ids)) for g in choosing(chunks)], choices)
 
+    def add(self, generation: Generation, found: Sequence[Choice]) -> None:
+        """Tokens that are chosen already; what follows a right guess stands behind it."""
+        place = len(generation.ids)
+        self.choosing += [(generation, place + i) for i in range(len(found))]
+        self.known += found
+
     def land(self) -> list[tuple[Generation, int, Choice]]:
         """Wait, and say for each generation that is complete what stands where in its ids."""
-        choices = zip(self.choosing, self.choices(), strict=True)
+        choices = zip(self.choosing, [*self.choices(), *self.known], strict=True)
         found = [(generation, place, choice) for (generation, place), choice in choices]
         scored = [c.generation for c in self.chunks if c.generation.sampler is None]
         return found + [(g, len(g.ids), None) for g in scored if g.missing == 0]
@@ -57,7 +64,7 @@ class Flight:
 
 def choosing(chunks: Sequence[Chunk]) -> list[Generation]:
     """Whose next token a step of these chunks chooses."""
-    return [c.generation for c in chunks if c.complete and c.generation.sampler is not None]
+    return [chunk.generation for chunk in chunks if _chooses(chunk)]
 
 
 class Runner(Protocol):
@@ -78,37 +85,49 @@ class PlainRunner:
         decoder, kv = self.decoder, self.kv
         together = _computed_together(kv, chunks)
         hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
-        ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0) - 1
-        last = [
-            int(end)  # the row whose logits choose a token
-            for end, chunk in zip(ends, chunks, strict=True)
-            if chunk.complete and chunk.generation.sampler is not None
-        ]
-        choices: list[Choice] = []
-        if last:
-            logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(last, device=kv.device)])
-            choices = choose(choosing(chunks), logits_BV)
+        flight = Flight(chunks, [], list)
+        if rows := choosing_rows(chunks):
+            logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
+            for generation, found in choose(chunks, logits_BV):
+                flight.add(generation, found)
         score(decoder, kv, chunks, hidden_TD)
-        return Flight.of(chunks, lambda: choices)
+        return flight
 
 
-def _part(chunk: Chunk) -> Part:
+def _chooses(chunk: Chunk) -> bool:
+    return chunk.complete and chunk.generation.sampler is not None
+
+
+def choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows whose logits choose a token: the last of a chunk that is complete, and its draft."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.rows
+        if _chooses(chunk):
+            rows += range(end - len(chunk.draft) - 1, end)
+    return rows
+
+
+def _part(chunk: Chunk, *, apart: bool = False) -> Part:
     generation = chunk.generation
     assert generation.table is not None, "what runs has pages"
     pages, prompt = generation.table.pages, len(generation.request.ids)
-    return Part(pages, generation.held, chunk.count, prompt)
+    return Part(pages, generation.held, chunk.rows, prompt, apart)
 
 
 def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
     """What goes through the decoder in one row. On a GPU everything: a step costs what it costs to
     read the weights. On a CPU each prompt alone, which fills it anyway, and as many decoding
-    sequences as `multiply.linear` computes alike: so no row is computed otherwise than alone."""
+    sequences as `multiply.linear` computes alike, their drafts included: so no row is computed
+    otherwise than alone."""
     if kv.device.type != "cpu" or kv.fixed_rows is not None:
         return [chunks]
     decoding = [chunk for chunk in chunks if chunk.count == 1]
     assert list(chunks[len(chunks) - len(decoding) :]) == decoding, "the scheduler puts them last"
     prompts = chunks[: len(chunks) - len(decoding)]
     rows = [decoding[start : start + ROWS] for start in range(0, len(decoding), ROWS)]
+    assert all(sum(chunk.rows for chunk in some) <= ROWS for some in rows), "drafts fill up rows"
     return [*([chunk] for chunk in prompts), *rows]
 
 
@@ -118,8 +137,8 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
     ids: list[int] = []
     for chunk in chunks:
         generation, held = chunk.generation, chunk.generation.held
-        parts.append(_part(chunk))
-        ids += generation.ids[held : held + chunk.count]
+        parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
+        ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
     if kv.fixed_rows is None:
         return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
     rows, found = kv.fixed_rows, []
@@ -144,22 +163,45 @@ def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def choose(generations: Sequence[Generation], logits_BV: Tensor) -> list[Choice]:
-    """The next token of each; the best ones of all are found in one operation."""
+def choose(chunks: Sequence[Chunk], logits_BV: Tensor) -> Iterator[tuple[Generation, list[Choice]]]:
+    """The next token of each that chooses, and after a draft that begins with it the one after
+    that, and so on; the best ones of all are found in one operation."""
     best = logits_BV.max(-1)
     sound = (~best.values.isnan()).tolist()
-    choices: list[Choice] = []
-    for row, (generation, id) in enumerate(zip(generations, best.indices.tolist(), strict=True)):
-        sampler = generation.sampler
-        assert sampler is not None, "who chooses has a sampler"
-        try:
-            if not (sampler.greedy and sound[row]):
-                start = len(generation.request.ids)
-                id = sampler.choose(logits_BV[row], generation.ids, start)
-            choices.append(_with_logprobs(sampler, id, logits_BV[row]))
-        except XverseError as error:  # its own misfortune: the others go on
-            choices.append(error)
-    return choices
+    ids = [id if fine else None for id, fine in zip(best.indices.tolist(), sound, strict=True)]
+    start = 0
+    for chunk in filter(_chooses, chunks):
+        rows = slice(start, start + 1 + len(chunk.draft))
+        yield chunk.generation, _follow(chunk, logits_BV[rows], ids[rows])
+        start = rows.stop
+
+
+def _follow(chunk: Chunk, logits_RV: Tensor, best: Sequence[int | None]) -> list[Choice]:
+    """What the sampler chooses, row by row for as long as that is what the draft says."""
+    generation = chunk.generation
+    known, found = len(generation.ids), list[Choice]()
+    try:
+        for logits_V, id, guess in zip(logits_RV, best, (*chunk.draft, None), strict=True):
+            choice = _choose(generation, logits_V, id)
+            found.append(choice)
+            if not isinstance(choice, Chosen) or choice.id != guess:
+                break
+            generation.ids.append(choice.id)  # penalties count it
+    finally:
+        del generation.ids[known:]
+    return found
+
+
+def _choose(generation: Generation, logits_V: Tensor, best: int | None) -> Choice:
+    """The next token; `best` is the likeliest, None where that is no number."""
+    sampler = generation.sampler
+    assert sampler is not None, "who chooses has a sampler"
+    try:
+        if best is None or not sampler.greedy:
+            best = sampler.choose(logits_V, generation.ids, len(generation.request.ids))
+        return _with_logprobs(sampler, best, logits_V)
+    except XverseError as error:  # its own misfortune: the others go on
+        return error
 
 
 def _with_logprobs(sampler: Sampler, id: int, logits_V: Tensor) -> Chosen:
@@ -192,4 +234,4 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
             generation.scores += logprobs_TV.gather(1, wanted[:, None])[:, 0].tolist()
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
-        start += chunk.count
+        start += chunk.rows

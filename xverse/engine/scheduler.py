@@ -40,6 +40,16 @@ class Generation:
     pending: int = 0
     slot: int = -1
 
+    def put(self, place: int, id: int) -> None:
+        """The token chosen for `place`: one that was pending, or one after a guess that was
+        right."""
+        if place < len(self.ids):
+            self.ids[place] = id
+            self.pending -= 1
+        else:
+            assert place == len(self.ids), "tokens come in order"
+            self.ids.append(id)
+
     @property
     def unscored(self) -> int:
         """The next prompt token whose log-probability is wanted; past all tokens if none is."""
@@ -69,14 +79,21 @@ class Generation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of a generation that the next step computes."""
+    """`count` tokens of a generation that the next step computes, and after them a guess of the
+    next ones: its `draft`."""
 
     generation: Generation
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are computed."""
+        return self.count + len(self.draft)
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens so far are computed after it, and the next can be chosen."""
+        """Whether all tokens there are will be computed then, and the next can be chosen."""
         return self.count == self.generation.missing
 
 

@@ -19,6 +19,7 @@ from xverse.engine.engine import Engine, EngineOptions, Output
 from xverse.engine.message import digest, encode_request
 from xverse.engine.paged import Paged
 from xverse.engine.request import Request
+from xverse.engine.speculate import Speculation
 from xverse.engine.worker import Job, Seat
 from xverse.engine.workers import Workers
 from xverse.errors import XverseError
@@ -55,6 +56,11 @@ class SpreadEngine:
     def kv(self) -> Paged:
         """Rank 0's keys and values."""
         return self.engine.kv
+
+    @property
+    def speculation(self) -> Speculation:
+        """As every rank counts it."""
+        return self.engine.speculation
 
     @property
     def step_tokens(self) -> int:

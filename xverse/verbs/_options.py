@@ -18,6 +18,8 @@ class ModelOptions:
     """What the weights are computed in; auto is the folder's own."""
     quantize: Literal[4, 8] | None = None
     """Round the weights to 8 or 4 bits after loading (the published per-row scheme)."""
+    speculate: int = 0
+    """Guess up to so many tokens (8, say) from the text so far: faster where answers repeat it."""
 
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """fp8 keeps keys and values in 8 bits: twice the conversations in the same memory."""
@@ -35,6 +37,7 @@ class ModelOptions:
             quantize=self.quantize,
             kv_dtype=self.kv_dtype,
             tensor_parallel=self.tensor_parallel,
+            speculate=self.speculate,
         )
 
 
