@@ -129,6 +129,7 @@ class Engine:
             )
         self.scheduler = Scheduler(self.pages, self.step_tokens, self.max_running)
         self._flight: Flight | None = None  # the step under way
+        self._landed: list[Generation] = []  # whose pages are still to be settled
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self.speculation = Speculation(self.options.speculate)
         self._generations: dict[int, Generation] = {}
@@ -161,7 +162,7 @@ class Engine:
         assert request.ids, "a prompt has tokens"
         assert request.score_from != 0, "nothing foretells the first token"
         known = self.decoder.shape.vocab_size
-        if not all(0 <= id < known for id in request.ids):
+        if not 0 <= min(request.ids) <= max(request.ids) < known:
             raise XverseError(
                 "The prompt has ids that the model does not know.",
                 f"They go from 0 to {known - 1}.",
@@ -206,11 +207,21 @@ class Engine:
             chunks = self.speculation.extend(self.scheduler, chunks)
         assert chunks or self._flight or not self.busy, "whoever fits at all fits when alone"
         flight, shed = self._launch(chunks) if chunks else (None, [])
+        self._settle()  # while the device is busy
         found += [*self._land(), *shed]
         self._flight = flight
         if not self.overlap:
             found += self._land()
+        if self._flight is None:
+            self._settle()
         return found
+
+    def _settle(self) -> None:
+        """What is done for later requests: pages of the tokens that landed can be shared, and so
+        many pages are free that the next ones need not be taken from the tree one by one."""
+        self.scheduler.landed(g for g in self._landed if self._alive(g))
+        self._landed = []
+        self.pages.free_up(min(self.step_tokens // self.pages.size, self.pages.count // 16))
 
     def _pool(self, pages: int) -> Paged:
         """Memory for so many pages, and one more for rows of a captured step that nobody fills."""
@@ -271,7 +282,7 @@ class Engine:
             if isinstance(choice, Chosen):
                 generation.put(place, choice.id)
         self.speculation.settle(self.kv, flight.chunks)
-        self.scheduler.landed(c.generation for c in flight.chunks if self._alive(c.generation))
+        self._landed += [chunk.generation for chunk in flight.chunks]
         landed.sort(key=lambda found: found[0].number)
         return [output for found in landed for output in self._take(*found)]
 
@@ -302,10 +313,12 @@ class Engine:
             scores, tops = tuple(generation.scores), tuple(generation.tops)
             yield Scores(number, scores, last=choice is None, tops=tops)
         if choice is None:
+            self.scheduler.landed([generation])
             self.abort(number)
             return
         finish = self._finish(generation, place)
         if finish:
+            self.scheduler.landed([generation])
             self.abort(number)
         yield Token(number, choice.id, finish, choice.logprob, choice.top)
 

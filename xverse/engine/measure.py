@@ -147,8 +147,8 @@ def warm(engine: Engine) -> None:
         some = make_requests(min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm {rows}"))
         rows *= 2
-    for tokens in {longest, min(longest, 512)}:
-        some = make_requests(1, (tokens, tokens), (2, 2), vocabulary=vocabulary)
+    for tokens, count in ((longest, 1), (min(longest, 512), 2), (min(longest, 1100), 2)):
+        some = make_requests(count, (tokens, tokens), (2, 2), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm prompt {tokens}"))
 
 
