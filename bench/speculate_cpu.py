@@ -12,6 +12,7 @@ from typing import Literal
 from bench.record import record
 from xverse import LLM, Sampling
 from xverse.checkpoint.resolve import resolve
+from xverse.engine.engine import Engine
 
 TOKENS = 96
 ROUNDS = 2
@@ -43,6 +44,7 @@ def tasks(dtype: Literal["bfloat16", "float32"]) -> dict[str, object]:
         answer, expected = guessing.generate(prompt, GREEDY), plain.generate(prompt, GREEDY)
         assert answer.tokens == expected.tokens, name
         assert dtype == "float32" or answer == expected, name
+        assert isinstance(guessing.engine, Engine)
         counts = guessing.engine.speculation
         proposed, accepted = counts.proposed, counts.accepted
         speeds: dict[str, list[float]] = {"plain": [], "guessing": []}

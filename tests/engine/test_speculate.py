@@ -12,7 +12,7 @@ import torch
 from tests.engine.test_engine import prompts
 from tests.engine.tiny import VOCAB, greedy, repeating_decoder
 from tests.tiny_model import write_published_folder
-from xverse import LLM, Sampling, XverseError
+from xverse import LLM, Grammar, Sampling, XverseError
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.request import Request, Scores, Token
@@ -287,6 +287,34 @@ def test_llm_answers_the_same(tmp_path: Path) -> None:
     warm = Sampling(temperature=0.6, seed=3, max_tokens=30, ignore_eos=True)
     assert guessing.choices(texts[0], 3, warm) == plain.choices(texts[0], 3, warm)
     assert guessing.engine.pages.available == guessing.engine.pages.count
+
+
+def test_a_grammar_is_not_guessed_and_others_beside_it_are(tmp_path: Path) -> None:
+    pytest.importorskip("xgrammar")
+    write_published_folder(tmp_path)
+    plain, guessing = LLM(tmp_path), LLM(tmp_path, speculate=8)
+    held = Sampling(
+        temperature=0.0,
+        repetition_penalty=1.0,
+        max_tokens=40,
+        grammar=Grammar.regex("(ab ){8,12};"),
+    )
+    assert guessing.generate("ab ab ab ab", held) == plain.generate("ab ab ab ab", held)
+    assert guessing.engine.speculation.proposed == 0
+
+
+def test_every_rank_of_a_spread_model_guesses_alike(tmp_path: Path) -> None:
+    """Each step tells the other rank what the last one gave here, and it would object."""
+    write_published_folder(tmp_path)
+    warm = Sampling(temperature=0.1, seed=3, repetition_penalty=1.0, max_tokens=60, ignore_eos=True)
+    texts = ["The 1 and 2 and 1 and 2", "北京的天气"]
+    expected = LLM(tmp_path, dtype="float32").generate(texts, warm)
+    spread = LLM(tmp_path, dtype="float32", tensor_parallel=2, speculate=8)
+    try:
+        assert spread.generate(texts, warm) == expected
+        assert spread.engine.engine.speculation.proposed > 0
+    finally:
+        spread.close()
 
 
 @pytest.mark.parametrize("bad", [-1, ROWS, True, 1.5])

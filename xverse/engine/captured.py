@@ -99,7 +99,8 @@ def captured(run: Run, pool: Any = None) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Of this thread alone: NCCL's watchdog asks for its events meanwhile, on another.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
 
     def replay(run: Run = run) -> Tensor:  # whose tensors the graph reads: they must stay

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xverse.engine.captured import CapturedSteps, padded
 from xverse.engine.device_sampler import DeviceSampler, Picked, Row
+from xverse.engine.grammar_rows import Allowed
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
 from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
@@ -114,9 +115,13 @@ class DeviceRunner:
     ) -> Callable[[], list[Choice]]:
         slots_B = self._upload([g.slot for g in generations])
         rows = [Row(g.slot, len(g.ids) - len(g.request.ids)) for g in generations]
-        picked = self.sampler.choose(logits_BV, slots_B, rows)
+        samplers = [g.sampler for g in generations if g.sampler is not None]
+        allowed = Allowed([sampler.grammar for sampler in samplers], logits_BV.shape[1])
+        masks_BW = None if allowed.masks_BW is None else self._upload(allowed.masks_BW, numpy.int32)
+        picked = self.sampler.choose(logits_BV, slots_B, rows, masks_BW)
         self.latest_S.index_copy_(0, slots_B, picked.ids_B.clamp(min=0))
-        return _read(picked, [g.sampler.sampling.logprobs for g in generations if g.sampler])
+        read = _read(picked, [sampler.sampling.logprobs for sampler in samplers])
+        return lambda: allowed.accept(read())
 
     def _seat(self, chunks: Sequence[Chunk]) -> None:
         """Bring the device's page tables up to date, and the options of who has just come."""

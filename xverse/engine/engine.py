@@ -4,13 +4,15 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 
 from xverse.engine.device_runner import DeviceRunner
+from xverse.engine.grammar_compile import Ask, Grammars, vocabulary_of
 from xverse.engine.memory import (
     out_of_memory,
     pool_tokens,
@@ -28,6 +30,7 @@ from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
 from xverse.log import logger
 from xverse.model.decoder import Decoder
+from xverse.text.tokenizer import Tokenizer
 
 Output = Token | Scores | Failed
 
@@ -45,6 +48,7 @@ class EngineOptions:
     `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
     beside the one that is due, while few run; answers stay the same. 0 is off. Not where steps
     overlap, as on a GPU.
+    `grammar_seconds`: how long one grammar may be compiled.
     """
 
     kv_tokens: int | None = None
@@ -55,6 +59,7 @@ class EngineOptions:
     deterministic: bool = False
     share_prefixes: bool = True
     speculate: int = 0
+    grammar_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -71,6 +76,12 @@ class EngineOptions:
                 f"It is a whole number from 0 to {ROWS - 1}: with the token that is due, what a "
                 "product computes at the price of one.",
                 "Give 8, or 0 to guess nothing.",
+            )
+        if type(self.grammar_seconds) not in (int, float) or not 0 < self.grammar_seconds <= 600:
+            raise XverseError(
+                f"grammar_seconds cannot be {self.grammar_seconds!r:.60}.",
+                "It is the time that one grammar may take to compile.",
+                "Give a number from above 0 to 600.",
             )
         if self.kv_dtype not in ("auto", "fp8"):
             raise XverseError(
@@ -98,6 +109,7 @@ GPU_STEP, GPU_RUNNING = 8192, 256  # a step of 8,192 tokens of a 7B model takes 
 # Matrix products of one size give a row the same bits wherever it stands among the others; with
 # another number of rows the libraries sum in another order.
 FIXED_ROWS = 16
+COMPILING_WAIT_S = 0.02  # of a step with nothing else to do; new requests wait as long
 
 
 class Engine:
@@ -109,7 +121,15 @@ class Engine:
         *,
         end_ids: Collection[int] = (),
         options: EngineOptions | None = None,
+        tokenizer: Tokenizer | None = None,
+        least: Callable[[int], int] | None = None,
     ) -> None:
+        """`tokenizer` is needed for grammars, and for nothing else.
+
+        `least` is for an engine that computes a part of what several do together: the least of a
+        number that each of them gives. What they do then follows from what is asked alone.
+        """
+        self._least = least
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         weight = decoder.model.embed_tokens.weight
@@ -133,6 +153,8 @@ class Engine:
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self.speculation = Speculation(self.options.speculate)
         self._generations: dict[int, Generation] = {}
+        self._tokenizer = tokenizer
+        self._compiling: dict[int, Ask] = {}  # requests that wait for their grammar
         self._next = 0
 
     @property
@@ -157,6 +179,19 @@ class Engine:
         assert self.options.max_running is not None, "EngineOptions.on leaves nothing open"
         return self.options.max_running
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars; XverseError where this engine does not know its tokenizer."""
+        if self._tokenizer is None:
+            raise XverseError(
+                "This engine cannot hold answers to a grammar.",
+                "It was made without a tokenizer, and does not know what its ids spell.",
+                "Give Engine(..., tokenizer=...).",
+            )
+        count = self.decoder.shape.vocab_size
+        words = partial(vocabulary_of, self._tokenizer, self.end_ids, count)
+        return Grammars(words, self.options.grammar_seconds)
+
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
@@ -173,7 +208,11 @@ class Engine:
         generation = Generation(
             number, request, sampler, self._namespace(request), list(request.ids)
         )
-        self.scheduler.add(generation)
+        if sampler is not None and sampler.sampling.grammar is not None:
+            self.scheduler.require_room(request)
+            self._compiling[number] = self.grammars.ask(sampler.sampling.grammar)
+        else:
+            self.scheduler.add(generation)
         self._generations[number] = generation
         self._next += 1
         return number
@@ -189,6 +228,7 @@ class Engine:
     def abort(self, number: int) -> None:
         """Forget a request and take its memory back; nothing where it has ended already."""
         generation = self._generations.pop(number, None)
+        self._compiling.pop(number, None)
         if generation is not None:
             self.scheduler.remove(generation)
 
@@ -199,13 +239,16 @@ class Engine:
         never waits for the host: tokens come one call later, and a sequence that ends by what it
         says has been computed one token too far.
         """
-        found: list[Output] = []
+        found = self._admit_compiled()
         if any(generation.waits_for_host for generation in self.scheduler.running):
             found += self._land()
         chunks = self.scheduler.plan()
         if self.options.speculate:
             chunks = self.speculation.extend(self.scheduler, chunks)
-        assert chunks or self._flight or not self.busy, "whoever fits at all fits when alone"
+        if not (chunks or self._flight):
+            assert len(self._generations) == len(self._compiling), "who fits, fits when alone"
+            if self._compiling and not found:
+                self.grammars.wait(COMPILING_WAIT_S)
         flight, shed = self._launch(chunks) if chunks else (None, [])
         self._settle()  # while the device is busy
         found += [*self._land(), *shed]
@@ -248,6 +291,10 @@ class Engine:
         """As asked, or by the machine; on a GPU beside the largest steps, which are tried out."""
         if self.options.kv_tokens is not None:
             return self.options.kv_tokens
+        room = self._room()
+        return room if self._least is None else self._least(room)
+
+    def _room(self) -> int:
         shape, dtype = self.decoder.shape, self._kv_type()
         device = self.decoder.model.embed_tokens.weight.device
         runner = self._runner(self._pool(0))
@@ -262,8 +309,8 @@ class Engine:
         try:
             flight = self.runner.launch(chunks)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+            if self._least is not None or not out_of_memory(error):
+                raise  # the others would go on with a request that was given up here
             last = max(chunk.generation.number for chunk in chunks)
             self.abort(last)
             if torch.cuda.is_available():
@@ -288,6 +335,22 @@ class Engine:
 
     def _alive(self, generation: Generation) -> bool:
         return generation.number in self._generations
+
+    def _admit_compiled(self) -> list[Output]:
+        """Queue whose grammar is compiled by now; those fail whose grammar cannot be."""
+        failed: list[Output] = []
+        for number, ask in list(self._compiling.items()):
+            answer = self.grammars.answer(ask)
+            generation = self._generations[number]
+            if isinstance(answer, XverseError):
+                self.abort(number)
+                failed.append(Failed(number, answer))
+            elif answer is not None:
+                del self._compiling[number]
+                assert generation.sampler is not None, "a grammar is an option of sampling"
+                generation.sampler.grammar = self.grammars.state(answer)
+                self.scheduler.add(generation)
+        return failed
 
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
@@ -325,6 +388,9 @@ class Engine:
     def _finish(self, generation: Generation, place: int) -> Finish | None:
         sampling, latest = generation.request.sampling, generation.ids[place]
         assert sampling is not None, "who chooses has options"
+        state = generation.sampler.grammar if generation.sampler else None
+        if state is not None and state.terminated:
+            return "stop"
         ends = latest in self.end_ids and not sampling.ignore_eos
         if ends or latest in sampling.stop_ids:
             return "stop"

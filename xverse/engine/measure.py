@@ -8,6 +8,7 @@ from typing import Protocol
 
 from xverse.engine.engine import Engine, Output
 from xverse.engine.request import Failed, Request, Token
+from xverse.engine.spread import SpreadEngine
 from xverse.engine.workload import apart, make_requests
 
 
@@ -137,7 +138,7 @@ def measure_throughput(
     return Measured(tuple(timed), seconds, *counts)
 
 
-def warm(engine: Engine) -> None:
+def warm(engine: Engine | SpreadEngine) -> None:
     """Meet every number of rows and some prompts, so that whatever is compiled or captured when it
     is first met is there before the timing."""
     engine.prepare()
@@ -164,6 +165,8 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 def _counted(steps: Steps) -> tuple[int, ...]:
     """How often so far: preemptions, and tokens that were found instead of computed."""
+    if isinstance(steps, SpreadEngine):
+        steps = steps.engine
     if not isinstance(steps, Engine):
         return ()
     return steps.scheduler.preempted, steps.scheduler.reused_tokens

@@ -111,6 +111,8 @@ class Speculation:
         generation, sampling = chunk.generation, chunk.generation.request.sampling
         if generation.sampler is None or sampling is None or not chunk.complete:
             return ()
+        if sampling.grammar is not None:
+            return ()  # the next row's mask is known only once this one's token is chosen
         assert sampling.max_tokens is not None, "a request's sampling has max_tokens"
         assert generation.table is not None, "what runs has pages"
         allowed = sampling.max_tokens - (len(generation.ids) - len(generation.request.ids))
