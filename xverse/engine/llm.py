@@ -29,13 +29,11 @@ class LLM:
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
     `tensor_parallel` spreads the model over that many GPUs of this machine (or processes, on a
-    CPU), each of which computes a part of every layer. Threads may share an LLM: what they ask for
-    is computed together. On a CPU that changes no bit of an answer; with `deterministic` it never
-    does, and common beginnings are computed once.
-    `tokenizer` names another folder to take the tokenizer from.
-    does, and common beginnings are computed once. `speculate` 8 guesses up to 8 tokens at a time
-    from what a text holds already, which is faster where answers repeat their prompts, and changes
-    no answer.
+    CPU), each of which computes a part of every layer. `tokenizer` names another folder to take the
+    tokenizer from. `speculate` 8 guesses up to 8 tokens at a time from what a text holds already,
+    which is faster where answers repeat their prompts, and changes no answer. Threads may share an
+    LLM: what they ask for is computed together. On a CPU that changes no bit of an answer; with
+    `deterministic` it never does, and common beginnings are computed once.
     """
 
     def __init__(
