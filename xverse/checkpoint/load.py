@@ -65,7 +65,6 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Mod
     """
     place = devices.pick_device(device)
     path, title = resolve(model), title_of(model)
-    tokenizer: Tokenizer
     weights: Weights
     if _is_gguf(path):
         file = gguf.GgufFile.open(path)
@@ -73,7 +72,7 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Mod
         tokenizer, weights = gguf_tokenizer.tokenizer_of(file), gguf.GgufWeights(file)
     else:
         checkpoint = open_checkpoint(path, title)
-        tokenizer, weights = Tokenizer.load(path), open_weights(path)
+        tokenizer, weights = open_tokenizer(path), open_weights(path)
     decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place)
     return Model(decoder, tokenizer, checkpoint)
 
@@ -86,6 +85,13 @@ def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
     folder = ModelFolder.open(path)
     shape = ModelShape.from_config(folder.config)
     return Checkpoint(title, path, shape, folder.config, folder.generation_config)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder or GGUF file; no weights."""
+    if _is_gguf(path):
+        return gguf_tokenizer.tokenizer_of(gguf.GgufFile.open(path))
+    return Tokenizer.load(path)
 
 
 def _gguf_checkpoint(file: gguf.GgufFile, path: Path, title: str) -> Checkpoint:
