@@ -61,7 +61,7 @@ class Metrics:
     """All metrics of one server, in a registry of its own."""
 
     def __init__(self, model: str) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.engine = EngineCounts(model)
         self.registry.register(self.engine)

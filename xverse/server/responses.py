@@ -148,7 +148,7 @@ class _Reply:
         return [*events, said]
 
     def _open(self) -> list[Event]:
-        item = {
+        item: Event = {
             "id": f"msg_{uuid.uuid4().hex}",
             "type": "message",
             "role": "assistant",
@@ -220,6 +220,7 @@ class _Reply:
             "total_tokens": self._prompt_tokens + self._tokens,
         }
         choice = asked.tool_choice
+        chosen = choice.model_dump() if isinstance(choice, FlatNamed) else choice or "auto"
         form = asked.text.format if asked.text else None
         return {
             "id": self._id,
@@ -237,9 +238,7 @@ class _Reply:
             "store": False,
             "temperature": asked.temperature,
             "text": {"format": {"type": form.type if form else "text"}},
-            "tool_choice": choice.model_dump()
-            if isinstance(choice, FlatNamed)
-            else choice or "auto",
+            "tool_choice": chosen,
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": asked.top_p,
             "truncation": "disabled",

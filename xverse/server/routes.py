@@ -49,9 +49,7 @@ def post(
 
 ROUTES = (
     Route("GET", "/health", "The API process lives.", status.health, replies.StateReply),
-    Route(
-        "GET", "/ready", "Requests can be answered (else 503).", status.ready, replies.StateReply
-    ),
+    Route("GET", "/ready", "Requests can be answered.", status.ready, replies.StateReply),
     Route("GET", "/metrics", "Numbers for Prometheus.", status.metrics, None),
     Route("GET", "/v1/models", "The models served.", status.models, replies.ModelsReply),
     Route("GET", "/v1/models/{model:path}", "One of them.", status.model, replies.ModelReply),

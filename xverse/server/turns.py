@@ -62,11 +62,9 @@ async def deltas(
                 speaker = speakers[place]
                 if speaker.finish:
                     continue
-                delta = speaker.hear(piece)
-                if speaker.finish:
+                found.append(speaker.hear(piece))
+                if speaker.finish is not None:
                     ended.add(place)
-                if delta is not None:
-                    found.append(delta)
             if found:
                 yield found
 
@@ -112,8 +110,8 @@ class _Speaker:
         self._spoken = Spoken(tokenizer.special_ids, tokenizer.strips_leading_space)
         self._calls = 0
 
-    def hear(self, piece: Piece) -> Delta | None:
-        """What a piece of text makes final; None where nothing is."""
+    def hear(self, piece: Piece) -> Delta:
+        """What a piece of text makes final."""
         last = piece.finish is not None
         logprobs = self._spoken.take(piece.text, piece.logprobs, last=last)
         content, calls = self._apart(piece.text, last=last)

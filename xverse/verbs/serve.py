@@ -130,7 +130,8 @@ class _Words:
         if where.guide_url:
             print(f"the published service: POST {where.guide_url}/", flush=True)
         key = ' -H "Authorization: Bearer $XVERSE_API_KEY"' if self._options.keys else ""
-        body = f'{{"model": "{self._options.name}", "messages": [{{"role": "user", "content": "你好"}}]}}'
+        messages = '[{"role": "user", "content": "你好"}]'
+        body = f'{{"model": "{self._options.name}", "messages": {messages}}}'
         self._next = (
             f"next: curl {where.url}/v1/chat/completions{key} "
             f"-H 'Content-Type: application/json' -d '{body}'"
