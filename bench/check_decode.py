@@ -6,7 +6,8 @@ from torch import Tensor
 from bench.tune_decode import PRODUCTS
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine.step import DecodeStep
-from xverse.kernels import attend_triton, multiply_triton, reference
+from xverse.kernels import attend_triton, multiply_rows_triton, reference
+from xverse.kernels.cuts import Cut, Scratch
 from xverse.kernels.reference import Norm
 from xverse.model.cache import Growing
 from xverse.model.fuse import fuse
@@ -23,7 +24,7 @@ def check_products() -> None:
         weight = torch.randn(product.outputs, product.inputs, device="cuda").bfloat16() / 64
         norm_D = 1 + torch.randn(product.inputs, device="cuda").bfloat16() / 8
         outputs = product.outputs // 2 if product.gated else product.outputs
-        for tokens in (1, 2, 8, 16):
+        for tokens in (1, 2, 8, 16, 17, 33, 64):
             x = torch.randn(tokens, product.inputs, device="cuda").bfloat16()
             residual = torch.randn(tokens, outputs, device="cuda").bfloat16()
             for in_fp32 in (True, False):
@@ -36,12 +37,12 @@ def check_products() -> None:
                     residual_TN=None if extra is None else extra.double(),
                 )  # fmt: skip
                 for pdl in (False, True):
-                    fast = multiply_triton.multiply_rows(
+                    fast = multiply_rows_triton.multiply_rows(
                         x, weight, norm=norm, residual_TN=extra, gated=product.gated, pdl=pdl
                     )
                     error = distance(fast, exact)
                     assert error < 5e-3, (name, tokens, in_fp32, pdl, error)
-        print(f"{name}: within {error:.1e} of fp64, 1 to 16 tokens", flush=True)
+        print(f"{name}: within {error:.1e} of fp64, 1 to 64 tokens", flush=True)
 
 
 def check_attention() -> None:
@@ -62,10 +63,8 @@ def check_attention() -> None:
                 qkv, cos, sin, places, order, twin_keys, twin_values
             )
             for pdl in (False, True):
-                for parts in (None, 1, 3):
-                    scratch = attend_triton.Scratch.reserve(
-                        tokens, heads, kv_heads, size, "cuda", parts=parts
-                    )
+                for cut in (None, Cut(), Cut(parts=3)):
+                    scratch = Scratch.reserve(tokens, heads, kv_heads, size, "cuda", cut=cut)
                     first = None
                     for _ in range(3):
                         fast = attend_triton.rotate_store_attend(
@@ -74,7 +73,7 @@ def check_attention() -> None:
                         assert first is None or torch.equal(first, fast), "equal bits again"
                         first = fast
                     error = distance(fast, twin)
-                    case = (heads, kv_heads, size, page_size, positions, pdl, parts, error)
+                    case = (heads, kv_heads, size, page_size, positions, pdl, cut, error)
                     assert error < 8e-3, case
                     assert torch.equal(keys, twin_keys), case
                     assert torch.equal(values, twin_values), case

@@ -1,20 +1,21 @@
-"""WHICH CUT STREAMS BEST? Tiles of the decode products on this GPU, XVERSE-7B shapes, bf16.
+"""WHICH CUT STREAMS BEST? Tiles of the products of one token on this GPU, XVERSE-7B shapes, bf16.
 
 Each candidate runs over enough copies of the weight to overflow the cache, as one CUDA graph, so
 that the gaps between launches count. Prints a table; the winners go into
-`kernels/multiply_triton.py` by hand.
+`kernels/tiles.py` by hand. For more tokens: `bench/tune_rows.py`.
 """
 
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xverse.kernels.multiply_triton import Tile, multiply_rows
+from xverse.kernels.multiply_rows_triton import multiply_rows
+from xverse.kernels.multiply_triton import one_row
 from xverse.kernels.reference import Norm
+from xverse.kernels.tiles import Tile
 
 BYTES = 2**31  # of weights a graph reads
 
@@ -45,15 +46,12 @@ GATED += [Tile(2, 4096, 2), Tile(1, 4096, 1, 2), Tile(4, 2048), Tile(2, 2048), T
 DOWN = [Tile(4, 2048), Tile(2, 4096), Tile(4, 4096, 1, 8), Tile(8, 1024), Tile(8, 2048, 1, 8)]
 DOWN += [Tile(2, 2048), Tile(4, 1024), Tile(2, 4096, 1, 8), Tile(1, 4096), Tile(8, 4096, 1, 16)]
 DOWN += [Tile(1, 4096, 1, 2), Tile(2, 2048, 1, 2), Tile(1, 16384), Tile(1, 16384, 1, 8)]
-ROWS = [(32, 256, 4, 4), (64, 128, 4, 4), (32, 128, 4, 6), (16, 256, 4, 5), (64, 256, 8, 3)]
-ROWS += [(32, 256, 8, 4), (64, 128, 4, 6), (32, 512, 8, 3), (16, 512, 4, 4), (128, 128, 8, 4)]
-SOME_ROWS = [Tile(n, d, warps=warps, stages=stages) for n, d, warps, stages in ROWS]
 CANDIDATES = {"qkv": ONE_ROW, "o": ONE_ROW, "gate_up": GATED, "down": DOWN, "head": ONE_ROW}
 
 
-def candidates(tokens: int) -> Iterator[tuple[str, Tile]]:
+def candidates() -> Iterator[tuple[str, Tile]]:
     for name, tiles in CANDIDATES.items():
-        for tile in tiles if tokens == 1 else SOME_ROWS:
+        for tile in tiles:
             yield name, tile
 
 
@@ -68,19 +66,19 @@ def arguments(product: Product, tokens: int) -> dict[str, object]:
     }
 
 
-def compile_one(job: tuple[int, str, Tile, bool]) -> None:
+def compile_one(job: tuple[str, Tile, bool]) -> None:
     """Fill Triton's cache on disk; the process that measures finds it there."""
-    tokens, name, tile, pdl = job
+    name, tile, pdl = job
     product = PRODUCTS[name]
     weight = torch.zeros(product.outputs, product.inputs, dtype=torch.bfloat16, device="cuda")
-    x = torch.zeros(tokens, product.inputs, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, product.inputs, dtype=torch.bfloat16, device="cuda")
     try:
-        multiply_rows(x, weight, tile=tile, pdl=pdl, **arguments(product, tokens))  # type: ignore[arg-type]
+        one_row(x, weight, tile=tile, pdl=pdl, **arguments(product, 1))  # type: ignore[arg-type]
     except Exception as error:  # a tile may ask for more than the chip has; measuring says so too
         print(name, tile, repr(error)[:100], flush=True)
 
 
-def compile_all(jobs: list[tuple[int, str, Tile, bool]]) -> None:
+def compile_all(jobs: list[tuple[str, Tile, bool]]) -> None:
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.map(compile_one, jobs, chunksize=4)
 
@@ -105,14 +103,17 @@ def seconds(work: Callable[[], object], launches: int) -> float:
 
 
 def measure(name: str, tokens: int, tile: Tile | None, weights: list[Tensor], pdl: bool) -> float:
-    """Bytes of weights a second, in GB."""
+    """Bytes of weights a second, in GB; a tile is for one token."""
     product = PRODUCTS[name]
     x = torch.randn(tokens, product.inputs, dtype=torch.bfloat16, device="cuda")
     extra = arguments(product, tokens)
 
     def work() -> None:
         for weight in weights:
-            multiply_rows(x, weight, tile=tile, pdl=pdl, **extra)  # type: ignore[arg-type]
+            if tile is None:
+                multiply_rows(x, weight, pdl=pdl, **extra)  # type: ignore[arg-type]
+            else:
+                one_row(x, weight, tile=tile, pdl=pdl, **extra)  # type: ignore[arg-type]
 
     return weights[0].nbytes / seconds(work, len(weights)) / 1e9
 
@@ -124,32 +125,29 @@ def weights_of(name: str) -> list[Tensor]:
     return [torch.randn(size, device="cuda").bfloat16() for _ in range(copies)]
 
 
-def tune(tokens: int, pdls: tuple[bool, ...]) -> dict[str, Tile]:
-    """Prints GB/s of every candidate; the best of each product with dependent launch."""
+def tune() -> dict[str, Tile]:
+    """Prints GB/s of every candidate, with and without dependent launch; the best of each."""
     winners = {}
     for name, tiles in CANDIDATES.items():
         weights = weights_of(name)
         found: list[tuple[float, Tile]] = []
-        for tile in tiles if tokens == 1 else SOME_ROWS:
+        for tile in tiles:
             try:
-                speeds = [measure(name, tokens, tile, weights, pdl) for pdl in pdls]
+                speeds = [measure(name, 1, tile, weights, pdl) for pdl in (True, False)]
             except Exception as error:
                 print(f"{name:8} {tuple(tile)} {repr(error)[:90]}")
                 continue
             found.append((speeds[0], tile))
             shown = " ".join(f"{speed:6.0f}" for speed in speeds)
-            print(f"{tokens:2} {name:8} {tuple(tile)!s:24} {shown} GB/s", flush=True)
+            print(f"{name:8} {tuple(tile)!s:24} {shown} GB/s", flush=True)
         winners[name] = max(found)[1]
-        print(f"{tokens:2} {name:8} best {max(found)}", flush=True)
+        print(f"{name:8} best {max(found)}", flush=True)
     return winners
 
 
 def main() -> None:
-    tokens = [int(argument) for argument in sys.argv[1:]] or [1, 8]
-    compile_all([(t, name, tile, pdl) for t in tokens for name, tile in candidates(t)
-                 for pdl in ((True, False) if t == 1 else (True,))])  # fmt: skip
-    for count in tokens:
-        print(tune(count, (True, False) if count == 1 else (True,)))
+    compile_all([(name, tile, pdl) for name, tile in candidates() for pdl in (True, False)])
+    print(tune())
 
 
 if __name__ == "__main__":

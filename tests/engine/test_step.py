@@ -1,13 +1,19 @@
 """The fused decode step against the plain decoder."""
 
+import dataclasses
+import os
+
 import pytest
 import torch
 
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine.step import DecodeStep, unfit
 from xverse.errors import XverseError
+from xverse.kernels import dispatch, reference
 from xverse.model.cache import Growing
+from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
+from xverse.model.shape import ModelShape
 from xverse.quant.quantize import quantize
 
 LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True}
@@ -35,6 +41,47 @@ def test_a_step_gives_the_decoders_logits_and_keeps_its_keys(changes: dict[str, 
         step.capture()
 
 
+def largest_difference(decoder: Decoder, rows: int, steps: int) -> float:
+    """Between the logits of the step and the decoder's, over the first `steps` places."""
+    shape, page_size = decoder.shape, 16
+    pool = (rows, shape.num_key_value_heads, page_size, shape.head_dim)
+    keys, values = ([torch.zeros(pool) for _ in decoder.model.layers] for _ in range(2))
+    pages = torch.randperm(rows, generator=torch.Generator().manual_seed(rows)).int()[:, None]
+    step = DecodeStep(decoder, keys, values, pages)
+    plain = Growing(shape, rows, dtype=torch.float32)
+    apart = 0.0
+    for place in range(steps):
+        ids = (torch.arange(rows) * 13 + place * 5) % shape.vocab_size
+        expected = decoder(ids, plain.extend([1] * rows), plain)
+        step.ids.copy_(ids)
+        step.positions.fill_(place)
+        apart = max(apart, float((step() - expected).abs().max()))
+    return apart
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20, 40, 70])
+@torch.inference_mode()
+def test_any_number_of_rows_gives_the_decoders_logits(rows: int) -> None:
+    decoder = fuse(random_decoder(published_config() | LLAMA, dtype=torch.float32))
+    assert largest_difference(decoder, rows, 3) < 1e-3
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter")
+@pytest.mark.parametrize("rows", [1, 5, 40, 70])
+@torch.inference_mode()
+def test_the_kernels_of_a_gpu_give_the_decoders_logits(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Products by Triton in its interpreter, handed on from one to the next as on a GPU."""
+    pytest.importorskip("triton")
+    plain = dispatch.Choice("attention", "plain", "", reference.rotate_store_attend)
+    monkeypatch.setattr(dispatch, "rotate_store_attend", lambda *_, **__: plain)
+    monkeypatch.setattr(dispatch, "_why_no_triton", lambda *_, **__: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (8, 0))
+    decoder = random_decoder(published_config() | {"num_hidden_layers": 2}, dtype=torch.float32)
+    assert largest_difference(fuse(decoder), rows, 1) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -49,7 +96,28 @@ def test_a_model_without_a_fused_step_is_told_why(changes: dict[str, object], wh
         DecodeStep(decoder, [], [], torch.zeros(1, 1, dtype=torch.int32))
 
 
-def test_experts_and_quantized_weights_are_refused() -> None:
-    assert "experts" in unfit(fuse(random_decoder(published_config(moe=True))))
-    quantized = fuse(quantize(random_decoder(published_config()), 8))
-    assert "quantized" in unfit(quantized)
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("shared", [0, 2])
+@torch.inference_mode()
+def test_a_step_of_experts_gives_the_decoders_logits(rows: int, shared: int) -> None:
+    shape = dataclasses.replace(
+        ModelShape.from_config(published_config(moe=True)), num_shared_experts=shared
+    )
+    decoder = fuse(initialize(Decoder(shape), std=0.15).requires_grad_(False))
+    pool = (rows, shape.num_key_value_heads, 16, shape.head_dim)
+    keys, values = ([torch.zeros(pool) for _ in decoder.model.layers] for _ in range(2))
+    step = DecodeStep(decoder, keys, values, torch.arange(rows, dtype=torch.int32)[:, None])
+    plain = Growing(shape, rows, dtype=torch.float32)
+    for place, ids in enumerate(torch.arange(3 * rows).view(3, rows) * 7 % shape.vocab_size):
+        expected = decoder(ids, plain.extend([1] * rows), plain)
+        step.ids.copy_(ids)
+        step.positions.fill_(place)
+        assert torch.allclose(step(), expected, atol=1e-3), place
+
+
+def test_quantized_weights_are_refused_and_experts_are_not() -> None:
+    assert not unfit(fuse(random_decoder(published_config(moe=True))))
+    assert "apart" in unfit(random_decoder(published_config(moe=True)))
+    for moe in (False, True):
+        quantized = fuse(quantize(random_decoder(published_config(moe=moe)), 8))
+        assert "quantized" in unfit(quantized)

@@ -1,31 +1,44 @@
 """The table of what computes a decode step, and why."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference, reference_sample
+from xverse.kernels import dispatch, reference, reference_experts, reference_sample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
+    plain = [reference.rotate_store_attend, reference.rotate_store, reference.attend_chunks]
     calls = [choice.call for choice in dispatch.table(CPU, torch.bfloat16)]
     assert calls == [
         reference.multiply_rows,
         reference.add_rows,
         reference.embed_rows,
-        reference.rotate_store_attend,
         reference.add_norm,
         reference.swiglu_joined,
-        reference.rotate_store,
-        reference.attend_chunks,
+        *2 * plain,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,
         reference_sample.penalize_rows,
         reference_sample.count_rows,
+        reference_experts.mixture_rows,
+        reference_experts.mix_experts,
     ]
     assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
+
+
+def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    choice = dispatch.attend_chunks(CUDA, torch.bfloat16, fp8=True)
+    assert choice.call is reference.attend_chunks
+    assert "first with FP8" in choice.reason
+    pytest.importorskip("triton")
+    assert dispatch.attend_chunks(CUDA, torch.bfloat16).call is not reference.attend_chunks
 
 
 @pytest.mark.parametrize(
@@ -63,3 +76,17 @@ def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
     assert choice.call is reference.multiply_rows
     assert "65 tokens" in choice.reason
     assert not caplog.records
+
+
+def test_experts_that_can_only_be_called_one_by_one_are_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    dispatch.warn_once.cache_clear()
+    choice = dispatch.mix_experts(CUDA, torch.bfloat16, "they are quantized")
+    assert choice.call is reference_experts.mix_experts
+    assert "they are quantized" in caplog.text
+    if importlib.util.find_spec("triton") is not None:
+        choice = dispatch.mix_experts(CUDA, torch.bfloat16)
+        assert choice.call is not reference_experts.mix_experts

@@ -23,6 +23,7 @@ TILES = [
     RowsTile(16, 32, stages=3, splits=2),
     RowsTile(32, 16, stages=2, splits=4),  # 5 chunks: the last of 3 splits that are left is short
     RowsTile(16, 32, stages=2, splits=3, tma=True),
+    RowsTile(32, 32, stages=2, splits=2, early=False),
 ]
 
 
@@ -46,6 +47,7 @@ def close(fast: Tensor, twin: Tensor) -> bool:
         (33, 0, False, False),
         (33, 1, True, True),
         (64, 2, False, True),
+        (5, 4, True, True),
     ],
 )
 def test_products_with_all_that_surrounds_them(

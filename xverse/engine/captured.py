@@ -96,7 +96,7 @@ def captured(run: Run, pool: Any = None) -> Run:
     with torch.cuda.graph(graph, pool=pool):
         result = run()
 
-    def replay() -> Tensor:
+    def replay(run: Run = run) -> Tensor:  # whose tensors the graph reads: they must stay
         graph.replay()
         return result
 

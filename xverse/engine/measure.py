@@ -144,11 +144,26 @@ def warm(engine: Engine) -> None:
     vocabulary, context = engine.decoder.shape.vocab_size, engine.decoder.shape.context_length
     rows, longest = 1, min(context - 4, engine.step_tokens, engine.capacity - 4)
     while rows < 2 * engine.max_running:
-        some = make_requests(
-            min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary
-        )
+        some = make_requests(min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm {rows}"))
         rows *= 2
     for tokens in {longest, min(longest, 512)}:
         some = make_requests(1, (tokens, tokens), (2, 2), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm prompt {tokens}"))
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the values lie, between two by a straight line."""
+    ordered = sorted(values)
+    assert ordered, "there is something to rank"
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def _counted(steps: Steps) -> tuple[int, ...]:
+    """How often so far: preemptions, and tokens that were found instead of computed."""
+    if not isinstance(steps, Engine):
+        return ()
+    return steps.scheduler.preempted, steps.scheduler.reused_tokens

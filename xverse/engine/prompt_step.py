@@ -45,10 +45,11 @@ class PromptStep:
         self.decoder, self.kv = decoder, kv
         weight = decoder.model.embed_tokens.weight
         device, dtype = weight.device, weight.dtype
+        fp8 = kv.scales(0) is not None
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu = dispatch.swiglu_joined(device, dtype).call
-        self.rotate_store = dispatch.rotate_store(device, dtype).call
-        self.attend = dispatch.attend_chunks(device, dtype).call
+        self.rotate_store = dispatch.rotate_store(device, dtype, fp8=fp8).call
+        self.attend = dispatch.attend_chunks(device, dtype, fp8=fp8).call
         capacity = torch.arange(decoder.shape.context_length, device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, dtype)
 

@@ -1,10 +1,11 @@
-"""IDS -> LOGITS, ONE TOKEN EACH. A decode step of a dense decoder by the fused kernels.
+"""IDS -> LOGITS, ONE TOKEN EACH. A decode step of a decoder by the fused kernels.
 
 Five operations a layer: norm + q, k, v; rope + store + attention; output + residual; norm + gate
 and up + SwiGLU; down + residual; for many sequences the parts around products stand alone
-(`residual.py`). Memory and inputs stay in place, so that the step can be captured as a CUDA graph.
-The decoder itself is not touched, and what computes each operation is chosen in
-`kernels/dispatch.py`; on a CPU that is the plain reference.
+(`residual.py`), and a mixture of experts is one operation in the place of the last two. Memory and
+inputs stay in place, so that the step can be captured as a CUDA graph. The decoder itself is not
+touched, and what computes each operation is chosen in `kernels/dispatch.py`; on a CPU that is the
+plain reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from xverse.engine.residual import Residual, products
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference
 from xverse.kernels.reference import Norm, Scales
+from xverse.kernels.reference_experts import Mixture
 from xverse.model.decoder import Block, Decoder
+from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.fuse import FusedAttention, FusedFeedForward
-from xverse.model.linear import Linear
+from xverse.model.linear import Linear, StackedLinear
 from xverse.model.norm import RMSNorm
 
 
@@ -63,6 +66,8 @@ class DecodeStep:
             shape.head_dim,
             fp8=self.scales[0] is not None,
         ).call
+        if shape.num_experts:
+            self.mix = dispatch.mixture_rows(device, weight.dtype, tokens, shape.num_experts).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, weight.dtype)
 
@@ -75,13 +80,14 @@ class DecodeStep:
             assert isinstance(block, Block)
             stream = self._block(layer, block, stream)
         head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
-        logits, _ = self.products.read(stream, _norm(stack.norm), head.weight)
-        return logits
+        wide_VD = self.decoder.wide_head_VD
+        weight_VD = head.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
+        logits, _ = self.products.read(stream, _norm(stack.norm), weight_VD)
+        return logits[:, : self.decoder.shape.vocab_size]
 
     def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, FusedAttention)
-        assert isinstance(mlp, FusedFeedForward)
         project, norm = attention.qkv_proj, _norm(block.input_layernorm)
         qkv, stream = self.products.read(stream, norm, project.weight, project.bias)
         mixed = self.attend(
@@ -95,9 +101,26 @@ class DecodeStep:
             self.scales[layer],
         )
         stream = self.products.add(mixed, attention.o_proj.weight, attention.o_proj.bias, stream)
-        project, norm = mlp.gate_up_proj, _norm(block.post_attention_layernorm)
+        norm = _norm(block.post_attention_layernorm)
+        if isinstance(mlp, MixtureOfExperts):
+            more_TD = stream.more_TD
+            x_TD = stream.x_TD if more_TD is None else stream.x_TD + more_TD
+            return Residual(self._experts(mlp, x_TD, norm))
+        assert isinstance(mlp, FusedFeedForward)
+        project = mlp.gate_up_proj
         inner, stream = self.products.read(stream, norm, project.weight, project.bias, gated=True)
         return self.products.add(inner, mlp.down_proj.weight, mlp.down_proj.bias, stream)
+
+    def _experts(self, mlp: MixtureOfExperts, x_TD: Tensor, norm: Norm) -> Tensor:
+        shared = mlp.shared_experts
+        gate_up_ND, down_DF = None, None
+        if shared is not None:
+            assert isinstance(shared, FusedFeedForward)
+            gate_up_ND, down_DF = shared.gate_up_proj.weight, shared.down_proj.weight
+        stacks = mlp.experts.stacks()
+        return self.mix(
+            x_TD, Mixture(mlp.router.weight, stacks, gate_up_ND, down_DF, mlp.top_k), norm
+        )
 
     def capture(self, then: Callable[[Tensor], None] | None = None) -> Callable[[], Tensor]:
         """The step as a CUDA graph, followed by `then` (sampling, say); call it to run the step.
@@ -134,16 +157,20 @@ class DecodeStep:
 def unfit(decoder: Decoder) -> str:
     """Why a decoder has no fused step; empty where it has one."""
     scaling = decoder.shape.rope_scaling
-    if decoder.shape.num_experts:
-        return "It is a mixture of experts, and the fused step is for dense models."
     if scaling is not None and scaling.rope_type == "dynamic":
         return "Its rotary frequencies change with the length of the sequence."
     for block in decoder.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        if not (isinstance(attention, FusedAttention) and isinstance(mlp, FusedFeedForward)):
+        linears = [*mlp.experts.children()] if isinstance(mlp, MixtureOfExperts) else []
+        dense = mlp.shared_experts if isinstance(mlp, MixtureOfExperts) else mlp
+        if isinstance(dense, FusedFeedForward):
+            linears += [dense.gate_up_proj, dense.down_proj]
+        elif dense is not None:
             return "Its projections are apart; `fuse` joins them."
-        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if not all(type(linear) is Linear for linear in linears):
+        if not isinstance(attention, FusedAttention):
+            return "Its projections are apart; `fuse` joins them."
+        linears += [attention.qkv_proj, attention.o_proj]
+        if not all(type(linear) in (Linear, StackedLinear) for linear in linears):
             return "Its weights are quantized, and the fused step reads them as they are."
     return ""
 

@@ -6,82 +6,24 @@ part that finishes last joins them all, in order, so that equal inputs give equa
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from xverse.kernels.cuts import Scratch, check_pages
 from xverse.kernels.multiply_triton import wait_for_input
-from xverse.kernels.pages_triton import fp8_scale, mix, page_of, places, row_scales, turn, widened
+from xverse.kernels.pages_triton import (
+    fp8_scale,
+    mix,
+    mix_sums,
+    page_of,
+    places,
+    row_scales,
+    turn,
+    widened,
+)
 from xverse.kernels.reference import Scales
-
-PROGRAMS = 132  # about one for each multiprocessor of the large chips; more measured slower
-MOST_PARTS = 32
-
-
-class Cut(NamedTuple):
-    """How the past of a sequence is cut up.
-
-    `block` tokens are read at once, by `warps`; `parts` programs share a sequence, but none takes
-    fewer than `least` tokens while another has some. `stages` 1 keeps the next block on its way, in
-    registers; more keep that many less one, in shared memory. Without `dots`, one query head for
-    each key head is multiplied and summed outside the tensor cores, which want sixteen.
-    `registers` caps those of a thread, so that more programs fit.
-    """
-
-    block: int = 64
-    warps: int = 4
-    parts: int = 1
-    least: int = 64
-    stages: int = 1
-    dots: bool = True
-    registers: int | None = None
-
-
-def choose_cut(tokens: int, heads: int, kv_heads: int, *, fp8: bool) -> Cut:
-    """The cut for a step of so many sequences, whatever their lengths; `bench/tune_attend.py`."""
-    pairs = tokens * kv_heads
-    if 2 * pairs <= PROGRAMS:
-        return Cut(warps=8, parts=min(MOST_PARTS, PROGRAMS // pairs))
-    if pairs <= PROGRAMS:
-        return Cut()
-    block = 64 if fp8 else 32
-    return Cut(block=block, parts=4, least=512, dots=heads != kv_heads)
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Where the parts meet; one for all layers of a step. `arrived` is zero between launches."""
-
-    mixed: Tensor  # [T, K, parts, G, E] fp32
-    sums: Tensor  # [T, K, parts, 2, G] fp32: the largest score, and the sum of exponentials
-    arrived: Tensor  # [T, K] int32
-    cut: Cut
-
-    @classmethod
-    def reserve(
-        cls,
-        tokens: int,
-        heads: int,
-        kv_heads: int,
-        size: int,
-        device: torch.device | str,
-        *,
-        cut: Cut | None = None,
-        fp8: bool = False,
-    ) -> "Scratch":
-        """Room for `tokens` sequences; by default in as many parts as fill the chip."""
-        cut = cut or choose_cut(tokens, heads, kv_heads, fp8=fp8)
-        lead = (tokens, kv_heads, cut.parts)
-        return cls(
-            mixed=torch.empty(*lead, heads // kv_heads, size, device=device),
-            sums=torch.empty(*lead, 2, heads // kv_heads, device=device),
-            arrived=torch.zeros(tokens, kv_heads, dtype=torch.int32, device=device),
-            cut=cut,
-        )
 
 
 @triton.jit
@@ -96,29 +38,6 @@ def _rows(
     inside = tl.expand_dims(token < last, -1) & (element < E)
     keys = tl.load(keys_ptr + at, inside, 0.0, eviction_policy="evict_first")
     return keys, tl.load(values_ptr + at, inside, 0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _mix_sums(
-    q, k, v, k_scale, v_scale, seen, scale, largest, total, mixed, FP8: tl.constexpr
-):  # fmt: skip
-    """A block of softmax for one query head, q [1, E], without the tensor cores.
-
-    k and v are [L, N, E]: L lanes of threads, each with a softmax [L] of its own over N tokens, so
-    that nothing crosses between threads but the sum along E.
-    """
-    scores = tl.sum(k.to(tl.float32) * q[None, :, :], 2) * scale
-    if FP8:
-        scores *= k_scale
-    scores = tl.where(seen, scores, float("-inf"))
-    larger = tl.maximum(largest, tl.max(scores, 1))
-    weights = tl.exp2(scores - larger[:, None])
-    shrink = tl.exp2(largest - larger)
-    total = total * shrink + tl.sum(weights, 1)
-    if FP8:
-        weights *= v_scale
-    mixed = mixed * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 1)
-    return larger, total, mixed
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -228,7 +147,7 @@ def _rotate_store_attend(
         next_page = page_of(table, ahead + BLOCK_S, table_width, PAGE)
         seen = begin + within < last
         if LANES > 0:
-            largest, total, mixed = _mix_sums(
+            largest, total, mixed = mix_sums(
                 q, k, v, k_scales, v_scales, seen, scale, largest, total, mixed, FP8
             )  # fmt: skip
         else:
@@ -337,14 +256,3 @@ def rotate_store_attend(
         num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=pdl,
     )  # fmt: skip
     return mixed
-
-
-def check_pages(keys_PKSE: Tensor, values_PKSE: Tensor, scales: Scales | None) -> None:
-    """What the kernels take for granted of the pages and their scales."""
-    assert keys_PKSE.stride() == values_PKSE.stride(), "keys and values lie alike"
-    assert keys_PKSE.stride(3) == 1, "the elements of a head lie side by side"
-    assert (scales is not None) == (keys_PKSE.dtype == torch.float8_e4m3fn), "FP8 has scales"
-    if scales is not None:
-        assert scales[0].shape == scales[1].shape == keys_PKSE.shape[:3], "one a token and head"
-        assert scales[0].stride() == scales[1].stride(), "scales of keys and values lie alike"
-        assert scales[0].stride(2) == 1, "the scales of a page lie side by side"

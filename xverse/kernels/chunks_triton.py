@@ -5,35 +5,15 @@ which its own keys and values lie already.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xverse.kernels.attend_triton import check_pages
+from xverse.kernels.cuts import ChunkCut, check_pages, choose_chunk_cut
 from xverse.kernels.pages_triton import fp8_scale, mix, page_of, places, row_scales, widened
 from xverse.kernels.reference import Scales
-
-
-class ChunkCut(NamedTuple):
-    """How attention is cut up: rows of queries and of keys a block, warps, blocks in flight."""
-
-    rows: int = 128
-    block: int = 64
-    warps: int = 8
-    stages: int = 3
-    registers: int | None = None
-
-
-def choose_chunk_cut(most: int, *, fp8: bool) -> ChunkCut:
-    """The cut for chunks of at most so many tokens; `bench/tune_attend.py`."""
-    if most <= 16:
-        return ChunkCut(rows=16, block=64, warps=4)
-    if most <= 64:
-        return ChunkCut(rows=64, block=64, warps=4)
-    return ChunkCut(stages=2 if fp8 else 3)
 
 
 @triton.jit
@@ -285,7 +265,7 @@ def attend_chunks(
         held_B, out, rows, sequences, tables_BP.stride(0),
         *keys_PKSE.stride()[:3], *key_scales.stride()[:2], size**-0.5 * math.log2(math.e),
         HEADS=heads, KV_HEADS=kv_heads, E=size, PAGE=page_size,
-        BLOCK_B=max(16, triton.next_power_of_2(sequences + 1)),
+        BLOCK_B=max(64, triton.next_power_of_2(sequences + 1)),
         BLOCK_T=cut.rows, BLOCK_S=cut.block, BLOCK_E=triton.next_power_of_2(size),
         STAGES=cut.stages, FP8=scales is not None,
         num_warps=cut.warps, maxnreg=cut.registers,

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from xverse.kernels import reference, reference_sample
+from xverse.kernels import reference, reference_experts, reference_sample
+from xverse.kernels.cuts import Scratch
+from xverse.kernels.multiply import ROWS
 from xverse.kernels.tiles import MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
 ANY_LOGITS = "logits of any dtype on CUDA"
+FP8_SINCE = (8, 9)  # conversions to and from e4m3 in the hardware
 PDL_SINCE = (9, 0)  # programmatic dependent launch
 
 
@@ -72,31 +75,47 @@ def rotate_store_attend(
 ) -> Choice:
     """The function in the place of `reference.rotate_store_attend`, for a step of these sizes.
 
-    It holds memory of its own: one for each stream that runs steps.
+    It holds memory of its own: one for each stream that runs steps. `fp8`: that of the pages.
     """
-    why_not = _why_no_triton(device, dtype)
+    operation = "attention of a decode step" + " over FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
     if why_not:
-        return _plain("attention of a decode step", reference.rotate_store_attend, device, why_not)
+        return _plain(operation, reference.rotate_store_attend, device, why_not)
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    scratch = attend_triton.Scratch.reserve(rows, heads, kv_heads, head_dim, device, fp8=fp8)
+    scratch = Scratch.reserve(rows, heads, kv_heads, head_dim, device, fp8=fp8)
+    by = "in the tensor cores" if scratch.cut.dots else "by sums, one query head for each key head"
     return Choice(
-        "attention of a decode step",
-        "Triton, paged, in parts, fused with rope and store" + ", dependent launch" * pdl,
-        f"{dtype} on CUDA",
+        operation,
+        f"Triton, paged, fused with rope and store, {by}" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, {rows} tokens",
         partial(attend_triton.rotate_store_attend, scratch=scratch, pdl=pdl),
     )
 
 
-def rotate_store(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference.rotate_store`, for any number of tokens."""
-    return _chunks("rope and store of prompts", "rotate_store", device, dtype)
+def rotate_store(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
+    """The function in the place of `reference.rotate_store`, for chunks of prompts."""
+    operation = "rope and store of prompts" + " as FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    if why_not:
+        return _plain(operation, reference.rotate_store, device, why_not)
+    from xverse.kernels import chunks_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, in one pass", why, chunks_triton.rotate_store)
 
 
-def attend_chunks(device: torch.device, dtype: torch.dtype) -> Choice:
+def attend_chunks(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
     """The function in the place of `reference.attend_chunks`."""
-    return _chunks("attention of prompts", "attend_chunks", device, dtype)
+    operation = "attention of prompts" + " over FP8" * fp8
+    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    if why_not:
+        return _plain(operation, reference.attend_chunks, device, why_not)
+    from xverse.kernels import chunks_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, flash, over pages", why, chunks_triton.attend_chunks)
 
 
 def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
@@ -143,19 +162,68 @@ def count_rows(device: torch.device) -> Choice:
     return _change("count of tokens", "count_rows", device)
 
 
+def mixture_rows(
+    device: torch.device, dtype: torch.dtype, rows: int = 1, experts: int = 1
+) -> Choice:
+    """The function in the place of `reference_experts.mixture_rows`, for a step of these sizes.
+
+    It holds memory of its own: one for each stream that runs steps.
+    """
+    operation = "experts of a decode step"
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, reference_experts.mixture_rows, device, why_not)
+    from xverse.kernels import experts_triton, grouped_triton, route_triton
+
+    scratch = route_triton.Scratch.reserve(rows, experts, device)
+    if rows > ROWS:
+        why = f"{rows} tokens; up to {ROWS} take each expert's weights without being sorted"
+        call = partial(grouped_triton.mixture_rows, scratch=scratch)
+        return Choice(operation, "Triton, sorted by expert", why, call)
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, router included, fused with norm, SwiGLU and residual"
+        + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {ROWS} tokens",
+        partial(experts_triton.mixture_rows, scratch=scratch, pdl=pdl),
+    )
+
+
+def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> Choice:
+    """The function with the signature of `reference_experts.mix_experts`, for any number of tokens.
+
+    `why_not`: why these experts can only be called one by one, if so.
+    """
+    operation = "experts of a prompt"
+    why_not = _why_no_triton(device, dtype) or why_not
+    if why_not:
+        return _plain(operation, reference_experts.mix_experts, device, why_not)
+    from xverse.kernels import grouped_triton
+
+    return Choice(
+        operation,
+        "Triton, sorted by expert, without a loop over experts",
+        f"{dtype} on CUDA",
+        grouped_triton.mix_experts,
+    )
+
+
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
+    attention = (rotate_store_attend, rotate_store, attend_chunks)
     choosing = (best_rows, sample_rows, mask_rows, penalize_rows, count_rows)
     return [
         multiply_rows(device, dtype),
         add_rows(device, dtype),
         embed_rows(device, dtype),
-        rotate_store_attend(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
-        rotate_store(device, dtype),
-        attend_chunks(device, dtype),
+        *(choose(device, dtype) for choose in attention),
+        *(choose(device, dtype, fp8=True) for choose in attention),
         *(choice(device) for choice in choosing),
+        mixture_rows(device, dtype),
+        mix_experts(device, dtype),
     ]
 
 
@@ -189,16 +257,6 @@ def _product(
     )
 
 
-def _chunks(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What chunks of prompts need of the paged cache."""
-    why_not = _why_no_triton(device, dtype)
-    if why_not:
-        return _plain(operation, getattr(reference, name), device, why_not)
-    from xverse.kernels import chunks_triton
-
-    return Choice(operation, "Triton, paged", f"{dtype} on CUDA", getattr(chunks_triton, name))
-
-
 def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """What stands between products, by a kernel that reads and writes memory once."""
     why_not = _why_no_triton(device, dtype)
@@ -221,7 +279,7 @@ def _plain(operation: str, call: Callable[..., Any], device: torch.device, why: 
     return Choice(operation, "plain PyTorch, the reference", why, call)
 
 
-def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
+def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str:
     """Why the Triton kernels do not serve here; empty where they do."""
     if device.type != "cuda":
         return f"they are for NVIDIA GPUs, and this is {device.type}"
@@ -230,6 +288,8 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < TRITON_SINCE:
         return f"compute capability {capability} is below {TRITON_SINCE}"
+    if fp8 and capability < FP8_SINCE:
+        return f"compute capability {capability} is below {FP8_SINCE}, the first with FP8"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is not among bfloat16 and float16"
     return ""

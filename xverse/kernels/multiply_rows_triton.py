@@ -84,17 +84,16 @@ def _tokens(
 
 @triton.jit
 def _scale(
-    squares_ptr, tokens, eps,
-    INPUTS: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
+    squares_ptr, tokens, parts, eps,
+    INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The norm's factor of every token [ROWS], from the parts of its sum of squares."""
     scale = tl.full([ROWS], 1.0, tl.float32)
     if NORM != 0:
         token = tl.arange(0, ROWS)
         part = tl.arange(0, BLOCK_P)
-        known = (token < tokens)[:, None] & (part < PARTS)[None, :]
-        squares = tl.load(squares_ptr + token[:, None] * PARTS + part[None, :], known, 0.0)
+        known = (token < tokens)[:, None] & (part < parts)[None, :]
+        squares = tl.load(squares_ptr + token[:, None] * parts + part[None, :], known, 0.0)
         scale = tl.rsqrt(tl.sum(squares, 1) / INPUTS + eps)
     return scale
 
@@ -129,17 +128,17 @@ def _finish(
 @triton.jit(do_not_specialize=["tokens"])
 def _some_rows(
     x_ptr, norm_ptr, squares_ptr, weight, weight_ptr, bias_ptr, residual_ptr, out_ptr,
-    squares_out_ptr, sums_ptr, arrived_ptr, tokens, outputs, eps,
-    INPUTS: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    squares_out_ptr, sums_ptr, arrived_ptr, tokens, outputs, parts, eps,
+    INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EACH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: program (tile of outputs, split of inputs).
 
-    A split takes EACH inputs, a multiple of BLOCK_D. PARTS sums of squares of every token give the
-    scale of its norm.
+    A split takes EACH inputs, a multiple of BLOCK_D. The norm's scale is that of the sum of
+    `parts` squares a token.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile * BLOCK_N
@@ -147,6 +146,9 @@ def _some_rows(
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
     scale = tl.zeros([ROWS], tl.float32)
+    if not EARLY:
+        wait_for_input(PDL)
+        scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
     for chunk in tl.range(0, EACH // BLOCK_D, num_stages=STAGES):
         start = split * EACH + chunk * BLOCK_D
         now = _weights(
@@ -160,9 +162,9 @@ def _some_rows(
         # The compiler asks for the first STAGES - 1 tiles of weights ahead of the loop, but never
         # for what stands in a branch: so memory is at work before the kernel ahead has ended, and
         # x is read after that. Both branches load, or x would reach the tensor cores scattered.
-        if chunk == 0:
+        if EARLY and chunk == 0:
             wait_for_input(PDL)
-            scale = _scale(squares_ptr, tokens, eps, INPUTS, NORM, PARTS, BLOCK_P, ROWS)
+            scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
             x = _tokens(x_ptr, norm_ptr, tokens, scale, start, ROWS, BLOCK_D, INPUTS, NORM)
         else:
             x = _tokens(x_ptr, norm_ptr, tokens, scale, start, ROWS, BLOCK_D, INPUTS, NORM)
@@ -239,11 +241,11 @@ def some_rows(
     parts = 0 if norm is None or squares_TP is None else squares_TP.shape[1]
     _some_rows[(tiles, splits)](
         x_TD, weight_D, squares_TP, _described(weight_ND, tile), weight_ND, bias_N, residual_TN,
-        y_TN, squares_out_TP, sums, arrived, tokens, outputs, eps,
-        INPUTS=inputs, NORM=rounding(norm), PARTS=parts, BLOCK_P=triton.next_power_of_2(parts),
+        y_TN, squares_out_TP, sums, arrived, tokens, outputs, parts, eps,
+        INPUTS=inputs, NORM=rounding(norm), BLOCK_P=max(64, triton.next_power_of_2(parts)),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
         SUM_SQUARES=sum_squares, ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs,
-        EACH=each, SPLITS=splits, STAGES=tile.stages, TMA=tile.tma, PDL=pdl,
+        EACH=each, SPLITS=splits, STAGES=tile.stages, TMA=tile.tma, EARLY=tile.early, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN, squares_out_TP

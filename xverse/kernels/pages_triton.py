@@ -82,3 +82,26 @@ def mix(q, k, v, seen, scale, largest, total, mixed, MASKED: tl.constexpr):
     total = total * shrink + tl.sum(weights, 1)
     mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
     return larger, total, mixed
+
+
+@triton.jit
+def mix_sums(
+    q, k, v, k_scale, v_scale, seen, scale, largest, total, mixed, FP8: tl.constexpr
+):  # fmt: skip
+    """A block of softmax for one query head, q [1, E], without the tensor cores.
+
+    k and v are [L, N, E]: L lanes of threads, each with a softmax [L] of its own over N tokens, so
+    that nothing crosses between threads but the sum along E.
+    """
+    scores = tl.sum(k.to(tl.float32) * q[None, :, :], 2) * scale
+    if FP8:
+        scores *= k_scale
+    scores = tl.where(seen, scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(largest - larger)
+    total = total * shrink + tl.sum(weights, 1)
+    if FP8:
+        weights *= v_scale
+    mixed = mixed * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 1)
+    return larger, total, mixed

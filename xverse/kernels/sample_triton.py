@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xverse.kernels.draw_triton import sampled
 
-NUCLEUS = 512  # tokens listed at first where only top_p says how many; chats need fewer
+NUCLEUS = 256  # tokens listed at first where only top_p says how many; chats need fewer
 
 
 class Cut(NamedTuple):

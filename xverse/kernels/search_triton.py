@@ -77,13 +77,15 @@ def narrow(
     inside = above + float("inf")
     step = 0
     while (from_low > enough) & (inside > few) & (high - low > 1):
-        lowest = number_of(low)
-        width = number_of(high) - lowest
-        even = (step < EVEN_STEPS) & (width < EVEN_WIDTH)
         gap = high - low
-        a = tl.where(even, ordered(lowest + 0.25 * width), low + (gap >> 2))
-        b = tl.where(even, ordered(lowest + 0.5 * width), low + (gap >> 1))
-        c = tl.where(even, ordered(lowest + 0.75 * width), low + (gap * 3 >> 2))
+        a, b, c = low + (gap >> 2), low + (gap >> 1), low + (gap * 3 >> 2)
+        if step < EVEN_STEPS:
+            lowest = number_of(low)
+            width = number_of(high) - lowest
+            if width < EVEN_WIDTH:
+                a = ordered(lowest + 0.25 * width)
+                b = ordered(lowest + 0.5 * width)
+                c = ordered(lowest + 0.75 * width)
         a = tl.minimum(tl.maximum(a, low + 1), high - 1)
         b = tl.minimum(tl.maximum(b, low + 1), high - 1)
         c = tl.minimum(tl.maximum(c, low + 1), high - 1)

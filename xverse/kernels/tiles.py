@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-MOST_ROWS = 64  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
-NORM_ON_LOAD = 64  # tokens up to which a product normalizes its input itself, by ready squares
+MOST_ROWS = 32  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
+NORM_ON_LOAD = 0  # tokens up to which a product normalizes its input itself, by ready squares
 
 
 class Tile(NamedTuple):
@@ -20,6 +20,8 @@ class RowsTile(NamedTuple):
 
     `stages`: tiles of weights in shared memory, all but one of them on their way. `splits`:
     programs that share the inputs of a tile and join their sums. `tma`: the copy engine fetches.
+    `early`: weights are asked for before the kernel ahead has ended; otherwise after it, and x
+    comes through shared memory side by side with them.
     """
 
     outputs: int
@@ -28,6 +30,7 @@ class RowsTile(NamedTuple):
     warps: int = 4
     splits: int = 1
     tma: bool = False
+    early: bool = True
 
 
 def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
@@ -51,18 +54,18 @@ def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
 def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> RowsTile:
     """The cut of 2 to 64 tokens; `outputs` as they come out, half of the weight's if gated.
 
-    Narrow outputs are split along the inputs until two programs stand on each of 132
-    multiprocessors; many tokens take taller tiles, since every tile reads all tokens once more.
-    Paste what `bench/tune_rows.py` finds here.
+    As `bench/tune_rows.py` found on an H200, norms included. GB/s of weights at 8 and 32 tokens: q,
+    k, v of 7B 3,700 and 3,550; output 3,050 and 2,920; gate and up 3,880 and 3,310; down 3,550 and
+    3,450; head 4,320 and 4,120. Narrow outputs are split along the inputs.
     """
-    if gated or inputs < 128:
-        tile = RowsTile(outputs=64, inputs=64, stages=6)
-    elif block_of_rows(tokens) == 64:
-        tile = RowsTile(outputs=128, inputs=64, stages=5)
-    else:
-        tile = RowsTile(outputs=64, inputs=128, stages=4)
-    programs, chunks = -(-outputs // tile.outputs), -(-inputs // tile.inputs)
-    return tile._replace(splits=max(1, min(4, 264 // programs, chunks // 4)))
+    programs = -(-outputs // 64)
+    return RowsTile(
+        outputs=64,
+        inputs=128 if inputs >= 128 else 64,
+        stages=3 if gated else 4,
+        splits=2 if programs <= 132 and inputs >= 1024 else 1,
+        early=False,
+    )
 
 
 def block_of_rows(tokens: int) -> int:

@@ -60,6 +60,8 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         )
+        # The head's weight in a memory of more rows, of which the last are zero; see `fuse`.
+        self.wide_head_VD: Tensor | None = None
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
@@ -84,6 +86,8 @@ class Decoder(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Scores of every vocabulary entry, [T, V], in x's dtype."""
+        if self.wide_head_VD is not None:
+            return multiply.linear(x_TD, self.wide_head_VD)[:, : self.shape.vocab_size]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return multiply.linear(x_TD, head.weight)
 

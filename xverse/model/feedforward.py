@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from xverse.kernels import dispatch
 from xverse.kernels.reference import route, swiglu
+from xverse.kernels.reference_experts import Stacks
 from xverse.model.linear import Linear, StackedLinear
 from xverse.model.shape import ModelShape
 
@@ -34,6 +36,19 @@ class Experts(nn.Module):
         gated = swiglu(self.gate_proj(x_TD, expert), self.up_proj(x_TD, expert))
         return self.down_proj(gated, expert)
 
+    def stacks(self) -> Stacks:
+        """The weights of all experts, where they are not quantized."""
+        return Stacks(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def one_by_one(self, x_TD: Tensor) -> str:
+        """Why the experts can only be called one by one; empty where their stacks will do."""
+        for stack in (self.gate_proj, self.up_proj, self.down_proj):
+            if type(stack) is not StackedLinear:
+                return "the experts are not plain weights: quantized, say"
+        if torch.is_grad_enabled() and (x_TD.requires_grad or self.gate_proj.weight.requires_grad):
+            return "gradients are wanted, and the kernels have none"
+        return ""
+
 
 class MixtureOfExperts(nn.Module):
     """The best `moe_top_k` experts of each token by weight, plus a shared SwiGLU for all.
@@ -55,11 +70,9 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights, experts = route(x_TD, self.router.weight, self.top_k)
-        mixed = torch.zeros_like(x_TD)
-        for expert in experts.unique().tolist():
-            tokens, choice = (experts == expert).nonzero(as_tuple=True)
-            share = weights[tokens, choice, None]
-            mixed.index_add_(0, tokens, self.experts(x_TD[tokens], expert) * share)
+        why_not = self.experts.one_by_one(x_TD)
+        mix = dispatch.mix_experts(x_TD.device, x_TD.dtype, why_not).call
+        mixed = mix(x_TD, weights, experts, self.experts)
         if self.shared_experts is not None:
             mixed = mixed + self.shared_experts(x_TD)
         return mixed

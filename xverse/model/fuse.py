@@ -57,4 +57,21 @@ def fuse(decoder: Decoder) -> Decoder:
             shared = block.mlp.shared_experts
             if isinstance(shared, FeedForward):
                 block.mlp.shared_experts = FusedFeedForward(shared)
+    head = decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    if head.weight.is_cuda and decoder.wide_head_VD is None:
+        _widen(decoder, head)
     return decoder
+
+
+HEAD_ROWS = 128  # cuBLAS is 2.7 times as fast with 100,608 outputs as with 100,534 (1,024 tokens)
+
+
+def _widen(decoder: Decoder, head: nn.Module) -> None:
+    """Rows of zeros below the head, whose own weight becomes a part of the wider one."""
+    weight_VD = head.weight
+    assert isinstance(weight_VD, Tensor)
+    rows = -(-len(weight_VD) // HEAD_ROWS) * HEAD_ROWS
+    wide_VD = weight_VD.new_zeros(rows, weight_VD.shape[1])
+    wide_VD[: len(weight_VD)] = weight_VD
+    weight_VD.data = wide_VD[: len(weight_VD)]
+    decoder.wide_head_VD = wide_VD
