@@ -60,8 +60,8 @@ async def deltas(
             found: list[Delta] = []
             for place, piece in batch:
                 speaker = speakers[place]
-                if speaker.finish:
-                    continue
+                if place in ended:
+                    continue  # it was asked to end, and had more under way
                 found.append(speaker.hear(piece))
                 if speaker.finish is not None:
                     ended.add(place)
