@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import socket
 import threading
 import time
@@ -83,6 +84,16 @@ class Inside:
     engine: object = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    def logged(self, name: str) -> dict[str, object]:
+        """The line of the request so named; it is written once the answer is sent."""
+        for _ in range(200):
+            for line in self.journal.getvalue().splitlines():
+                facts: dict[str, object] = json.loads(line)
+                if facts.get("id") == name:
+                    return facts
+            time.sleep(0.01)
+        raise AssertionError(f"{name} is not in the log")
+
     def stop_engine(self) -> None:
         """The engine goes away, as a process that dies does."""
         self.engine_socket.shutdown(socket.SHUT_RDWR)
@@ -104,7 +115,7 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
     ours, theirs = socket.socketpair()
     inbox = Inbox(theirs)
     context = running.service.context
-    told = Ready(context, 4096, ready_engine.max_running, running.service.vocab_size, "cpu")
+    told = Ready(context, 16 * context, ready_engine.max_running, running.service.vocab_size, "cpu")
     server = Server(ready_engine, theirs, inbox)  # type: ignore[arg-type]
 
     def compute() -> None:
@@ -130,15 +141,12 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
             supervisor._notice(Load())
 
         reading.add_done_callback(gone)
-        app = build_app(
-            running.service, running.traffic, max_choices=running.options.max_choices
-        )
+        app = build_app(running.service, running.traffic, max_choices=running.options.max_choices)
         guide = build_app(running.service, running.traffic, routes=GUIDE_ROUTES)
         ears = [listen("127.0.0.1", 0), listen("127.0.0.1", 0)]
         servers = [running._server(app), running._server(guide)]
         heard = [
-            asyncio.ensure_future(one.serve([ear]))
-            for one, ear in zip(servers, ears, strict=True)
+            asyncio.ensure_future(one.serve([ear])) for one, ear in zip(servers, ears, strict=True)
         ]
         made.append(
             Inside(
