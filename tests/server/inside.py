@@ -14,6 +14,7 @@ from pathlib import Path
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
 from xverse.engine.llm import LLM
 from xverse.engine.request import Request, Token
+from xverse.server.app import build_app
 from xverse.server.engine_process import Server
 from xverse.server.journal import Journal
 from xverse.server.limits import Keys
@@ -22,7 +23,6 @@ from xverse.server.messages import Inbox, Load, Ready, Start
 from xverse.server.options import ServeOptions
 from xverse.server.routes import GUIDE_ROUTES
 from xverse.server.run import Running, listen, url_of
-from xverse.server.app import build_app
 from xverse.server.supervisor import Supervisor
 
 
