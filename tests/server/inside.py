@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +120,8 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
 
     def compute() -> None:
         inbox.messages(wait=True)
-        try:
+        with suppress(OSError):
             server.run(told, [])
-        except OSError:
-            pass
 
     made: list[Inside] = []
     begun, stop = threading.Event(), threading.Event()

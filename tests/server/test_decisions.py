@@ -1,4 +1,4 @@
-"""Decisions: probabilities are the softmax of the labels' log-probabilities, in each of the forms."""
+"""Decisions: probabilities are the softmax of the labels' log-probabilities, in every form."""
 
 import math
 from pathlib import Path

@@ -127,7 +127,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 @pytest.fixture
 def headers() -> Iterator[dict[str, str]]:
-    yield {"authorization": "Bearer the-only-key"}
+    return {"authorization": "Bearer the-only-key"}
 
 
 @pytest.mark.parametrize(
