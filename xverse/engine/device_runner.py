@@ -5,18 +5,20 @@ it. So the host never waits for a token before it sends the next step: it knows 
 come along and how long they are, and not what they say.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xverse.engine.captured import CapturedSteps, padded
 from xverse.engine.device_sampler import DeviceSampler, Picked, Row
+from xverse.engine.grammar_rows import Allowed
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
-from xverse.engine.prompt_step import Prompts, PromptStep
+from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
 from xverse.engine.request import Sampling
 from xverse.engine.runner import Choice, Chosen, Flight, choosing, score
 from xverse.engine.sampler import Sampler, not_a_number
@@ -62,7 +64,8 @@ class DeviceRunner:
     def launch(self, chunks: Sequence[Chunk]) -> Flight:
         """Send the step off. Waits for the device only where prompt tokens are to be scored."""
         self._seat(chunks)
-        decoding = [chunk for chunk in chunks if _decodes(chunk)]
+        # The longest first: they start together, and the short ones fill up behind them.
+        decoding = [chunk for chunk in reversed(chunks) if _decodes(chunk)]
         others = [chunk for chunk in chunks if not _decodes(chunk)]
         ordered, found = [*others, *decoding], []
         if others:
@@ -112,9 +115,13 @@ class DeviceRunner:
     ) -> Callable[[], list[Choice]]:
         slots_B = self._upload([g.slot for g in generations])
         rows = [Row(g.slot, len(g.ids) - len(g.request.ids)) for g in generations]
-        picked = self.sampler.choose(logits_BV, slots_B, rows)
+        samplers = [g.sampler for g in generations if g.sampler is not None]
+        allowed = Allowed([sampler.grammar for sampler in samplers], logits_BV.shape[1])
+        masks_BW = None if allowed.masks_BW is None else self._upload(allowed.masks_BW, numpy.int32)
+        picked = self.sampler.choose(logits_BV, slots_B, rows, masks_BW)
         self.latest_S.index_copy_(0, slots_B, picked.ids_B.clamp(min=0))
-        return _read(picked, [g.sampler.sampling.logprobs for g in generations if g.sampler])
+        read = _read(picked, [sampler.sampling.logprobs for sampler in samplers])
+        return lambda: allowed.accept(read())
 
     def _seat(self, chunks: Sequence[Chunk]) -> None:
         """Bring the device's page tables up to date, and the options of who has just come."""
@@ -148,19 +155,24 @@ class DeviceRunner:
         return self._upload(rows, numpy.int32)
 
     def _prompts(self, chunks: Sequence[Chunk]) -> Prompts:
-        ids = (c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks)
         spans = [(c.generation.slot, c.generation.held, c.count) for c in chunks]
-        return self._prompt_rows(spans, chain.from_iterable(ids))
+        ids = [c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks]
+        return self._prompt_rows(spans, numpy.concatenate([numpy.array(i, "i4") for i in ids]))
 
     def _prompt_rows(
-        self, spans: Sequence[tuple[int, int, int]], ids: Iterable[int] | None = None
+        self, spans: Sequence[tuple[int, int, int]], ids: NDArray[numpy.int32] | None = None
     ) -> Prompts:
         """Of (slot, held, count) each; without `ids` they are all 0."""
+        whole = len(spans) == 1 and spans[0][1] == 0 and spans[0][2] >= self.prompts.whole_from
+        if whole:
+            spans = self._filled_up(spans[0])
         counts = [count for _, _, count in spans]
         rows = numpy.empty((3, sum(counts)), numpy.int32)  # slot, position, id
         rows[0] = numpy.repeat([slot for slot, _, _ in spans], counts)
         rows[1] = numpy.concatenate([numpy.arange(held, held + n) for _, held, n in spans])
-        rows[2] = 0 if ids is None else numpy.fromiter(ids, numpy.int32)
+        rows[2] = 0
+        if ids is not None:
+            rows[2, : len(ids)] = ids
         offsets = [0, *accumulate(counts)]
         ends = self._upload([offsets[:-1], offsets[1:], [held for _, held, _ in spans]], "i4")
         slot_T, positions_T, ids_T = self._upload(rows, numpy.int32)
@@ -175,9 +187,13 @@ class DeviceRunner:
             offsets_B1=torch.cat((ends[0], ends[1, -1:])),
             held_B=ends[2],
             longest=max(counts),
-            seen=max(held + count for _, held, count in spans),
-            fresh=all(held == 0 for _, held, _ in spans),
+            whole=whole,
         )
+
+    def _filled_up(self, span: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+        """A long prompt, and after it rows that nobody reads."""
+        more = -span[2] % WHOLE_MULTIPLE
+        return [span, (self.slots, 0, more)] if more else [span]
 
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""

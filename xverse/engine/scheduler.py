@@ -63,7 +63,8 @@ class Generation:
     @property
     def waits_for_host(self) -> bool:
         """Whether its next step depends on what the host makes of the one before."""
-        return self.request.score_from is not None
+        sampling = self.request.sampling
+        return self.request.score_from is not None or bool(sampling and sampling.grammar)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ class Scheduler:
 
     def add(self, generation: Generation) -> None:
         """Queue it; XverseError where even the whole memory would not do."""
-        request = generation.request
+        self.require_room(generation.request)
+        insort(self.waiting, generation, key=_arrival)
+
+    def require_room(self, request: Request) -> None:
+        """XverseError where a request would not fit, even alone."""
         answer = request.sampling.max_tokens if request.sampling else 0
         most = len(request.ids) + (answer or 0)
         if self.pages.needed(most) > self.pages.count:
@@ -107,7 +112,6 @@ class Scheduler:
                 f"The KV cache holds {self.pages.count * self.pages.size} tokens in all.",
                 "Lower max_tokens, shorten the prompt, or give more memory with kv_tokens.",
             )
-        insort(self.waiting, generation, key=_arrival)
 
     def remove(self, generation: Generation) -> None:
         """Take it out, wherever it is, and all of its pages back."""
@@ -174,7 +178,7 @@ class Scheduler:
         if len(self.running) >= self.max_running:
             return None
         # Prompts that are being computed this moment: their twins share the pages a step later.
-        begun = {(g.namespace, g.request.ids) for g in self.running if g.missing > 1}
+        begun = {(g.namespace, g.request.ids) for g in self.running if self._in_the_making(g)}
         free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
         generation = next(free, None)
         if generation is None or generation.pending:
@@ -198,6 +202,13 @@ class Scheduler:
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation
+
+    def _in_the_making(self, generation: Generation) -> bool:
+        """Whether pages of its prompt are still to come into the tree."""
+        if generation.missing > 1:
+            return True
+        settled = len(generation.table.path) if generation.table is not None else 0
+        return self.pages.share and settled < len(generation.request.ids) // self.pages.size
 
     def _preempt(self, generation: Generation) -> None:
         self.preempted += 1

@@ -219,12 +219,15 @@ def rotate_store(
     keys_PKSE: Tensor,
     values_PKSE: Tensor,
     scales: Scales | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Rope on q and k of each token, k and v into their pages. -> q, rotated, [T, H, E].
 
     `qkv_TN` holds q, k, v of each token one after another, as the joint projection gives them;
     `positions_T` are rows of the rope tables, `slots_T` page * S + slot. With `scales`, two tensors
-    [P, K, S] in bf16, the pages are FP8, and each row is stored as `quantize_kv` gives it.
+    [P, K, S] in bf16, the pages are FP8, and each row is stored as `quantize_kv` gives it. With
+    `in_place`, q and k in `qkv_TN` are rotated too, and q is a view of it.
     """
     _, kv_heads, page_size, size = keys_PKSE.shape
     heads = qkv_TN.shape[1] // size - 2 * kv_heads
@@ -240,6 +243,9 @@ def rotate_store(
             fp8, scale_TK = quantize_kv(new)
             pages.view(torch.uint8)[page_T, :, slot_T] = fp8.view(torch.uint8)
             scales[index][page_T, :, slot_T] = scale_TK
+    if in_place:
+        qk.copy_(rotated)
+        return qk[:, :heads]
     return q_THE.contiguous()
 
 
@@ -265,6 +271,21 @@ def rotate_store_attend(
     pools = (keys_PKSE, values_PKSE, scales)
     q_THE = rotate_store(qkv_TN, cos_SE, sin_SE, positions_T, slots_T, *pools)
     return attend_pages(q_THE, keys_PKSE, values_PKSE, pages_TP, positions_T + 1, scales).flatten(1)
+
+
+def add_parts(parts_NTD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+    """What N ranks computed, added: in fp32 and in the order of the ranks, so that all of them get
+    the same bits; rounded to the parts' dtype, and the residual added after that. -> [T, D]."""
+    total = parts_NTD[0].float()
+    for part in parts_NTD[1:]:
+        total = total + part.float()
+    y_TD = total.to(parts_NTD.dtype)
+    return y_TD if residual_TD is None else residual_TD + y_TD
+
+
+def gather_columns(parts_NTC: Tensor, columns: int) -> Tensor:
+    """The columns of N ranks side by side, as far as there are any. -> [T, columns]."""
+    return torch.cat(list(parts_NTC), dim=1)[:, :columns]
 
 
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -57,11 +57,12 @@ class Decoder(nn.Module):
         self.shape = shape
         self.rope = Rope(shape)
         self.model = Stack(shape)
-        self.lm_head = (
+        self.lm_head: nn.Module | None = (
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         )
         # The head's weight in a memory of more rows, of which the last are zero; see `fuse`.
-        self.wide_head_VD: Tensor | None = None
+        self.wide_head_VD: Tensor | None
+        self.register_buffer("wide_head_VD", None, persistent=False)
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
@@ -88,8 +89,9 @@ class Decoder(nn.Module):
         """Scores of every vocabulary entry, [T, V], in x's dtype."""
         if self.wide_head_VD is not None:
             return multiply.linear(x_TD, self.wide_head_VD)[:, : self.shape.vocab_size]
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return multiply.linear(x_TD, head.weight)
+        if self.lm_head is not None:
+            return self.lm_head(x_TD)
+        return multiply.linear(x_TD, self.model.embed_tokens.weight)
 
 
 @torch.no_grad()
