@@ -85,7 +85,7 @@ def load(
         checkpoint, weights = _gguf_checkpoint(file, path, title), gguf.GgufWeights(file)
     else:
         checkpoint, weights = open_checkpoint(path, title), open_weights(path)
-    reads = _tokenizer(path if tokenizer is None else resolve(tokenizer))
+    reads = open_tokenizer(path if tokenizer is None else resolve(tokenizer))
     if tokenizer is not None and reads.vocab_size > checkpoint.shape.vocab_size:
         raise XverseError(
             f"The tokenizer {str(tokenizer)!r} belongs to another model.",
@@ -96,12 +96,6 @@ def load(
     return Model(decoder, reads, checkpoint)
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    if _is_gguf(path):
-        return gguf_tokenizer.tokenizer_of(gguf.GgufFile.open(path))
-    return Tokenizer.load(path)
-
-
 def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
     """Read the configs of a folder or GGUF file; no weights, no tokenizer."""
     title = title or title_of(path)
@@ -110,6 +104,13 @@ def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
     folder = ModelFolder.open(path)
     shape = ModelShape.from_config(folder.config)
     return Checkpoint(title, path, shape, folder.config, folder.generation_config)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder or GGUF file; no weights."""
+    if _is_gguf(path):
+        return gguf_tokenizer.tokenizer_of(gguf.GgufFile.open(path))
+    return Tokenizer.load(path)
 
 
 def _gguf_checkpoint(file: gguf.GgufFile, path: Path, title: str) -> Checkpoint:
