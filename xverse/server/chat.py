@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from xverse.server.constraint import check_choice, check_format, check_tools
+from xverse.server.constraint import constrain
 from xverse.server.context import Context
 from xverse.server.logprobs import chat_logprobs
 from xverse.server.refusals import invalid, json_response
@@ -33,9 +33,7 @@ async def chat(context: Context, asked: ChatRequest) -> Response:
 async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
     service.require_model(asked.model)
-    check_tools(asked.tools)
-    check_choice(asked.tool_choice, asked.tools)
-    check_format(asked.response_format)
+    constraint = constrain(asked.tools, asked.tool_choice, asked.response_format)
     choices = bounded_choices(asked.n, max_choices)
     if asked.stream_options is not None and not asked.stream:
         raise invalid("stream_options are for streams.", "stream_options")
@@ -50,11 +48,13 @@ async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     sampling = asked.sampling(
         max_tokens=asked.max_tokens if most is None else most,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        grammar=constraint.grammar,
     )
     limit = "max_tokens" if most is None else "max_completion_tokens"
     prompt = service.prompt(ids, sampling, limit)
     prompts = service.choices(prompt, choices)
-    return Turn(prompts, usable, asked.parallel_tool_calls is not False)
+    parallel = asked.parallel_tool_calls is not False
+    return Turn(prompts, usable, parallel, constraint.forced)
 
 
 def bounded_choices(n: int | None, most: int) -> int:

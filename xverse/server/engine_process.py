@@ -10,6 +10,7 @@ from xverse.device import env
 from xverse.engine.engine import Engine
 from xverse.engine.llm import LLM
 from xverse.engine.request import Failed, Scores, Token
+from xverse.engine.spread import SpreadEngine
 from xverse.errors import XverseError
 from xverse.server.messages import (
     Abort,
@@ -60,6 +61,7 @@ def _load(start: Start) -> LLM:
         kv_tokens=start.kv_tokens,
         kv_dtype=start.kv_dtype,
         deterministic=start.deterministic,
+        tensor_parallel=start.tensor_parallel,
     )
     llm.engine.prepare()
     return llm
@@ -79,7 +81,9 @@ def _ready(llm: LLM) -> Ready:
 class Server:
     """One engine, one connection, one thread: between two steps it reads what has arrived."""
 
-    def __init__(self, engine: Engine, connection: socket.socket, inbox: Inbox) -> None:
+    def __init__(
+        self, engine: Engine | SpreadEngine, connection: socket.socket, inbox: Inbox
+    ) -> None:
         self.engine, self._connection, self._inbox = engine, connection, inbox
         self._ours: dict[int, int] = {}  # number of the API -> number of the engine
         self._theirs: dict[int, int] = {}
@@ -138,7 +142,8 @@ class Server:
             self._send(Stepped(tokens, scores, failures, self._load()))
 
     def _load(self) -> Load:
-        scheduler, pages = self.engine.scheduler, self.engine.pages
+        inner = self.engine.engine if isinstance(self.engine, SpreadEngine) else self.engine
+        scheduler, pages = inner.scheduler, inner.pages
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),

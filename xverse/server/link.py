@@ -29,8 +29,12 @@ class EngineGoneError(Exception):
 
 
 class FailedError(Exception):
-    """A request that the engine had begun got no further: its numbers were none, or memory ran
-    out."""
+    """A request that the engine had taken got no further: its grammar could not be compiled, its
+    numbers were none, or memory ran out."""
+
+    def __init__(self, error: XverseError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Flow:
@@ -164,7 +168,7 @@ class Link:
             flow = self._flows.pop(failure.request, None)
             if flow is not None:
                 refused = failure.refused
-                flow.fail(failure.error if refused else FailedError(str(failure.error)))
+                flow.fail(failure.error if refused else FailedError(failure.error))
         self._notice(stepped.load)
 
     def _put(self, number: int, given: Given, *, last: bool) -> None:

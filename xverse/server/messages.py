@@ -23,6 +23,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     kv_tokens: int | None = None
     kv_dtype: Literal["auto", "fp8"] = "auto"
     deterministic: bool = False
+    tensor_parallel: int = 1
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):

@@ -83,9 +83,11 @@ def engine_restarted() -> Refusal:
     )
 
 
-def failed(why: str) -> Refusal:
+def failed(error: XverseError) -> Refusal:
     """The engine got no further with this request, and goes on with others."""
-    return Refusal(503, why, code="generation_failed", retry_after_s=5)
+    return Refusal(
+        503, f"{error.what} {error.why} {error.fix}", code="generation_failed", retry_after_s=5
+    )
 
 
 def not_ready(state: str) -> Refusal:

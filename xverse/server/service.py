@@ -242,8 +242,12 @@ class Service:
                         yield flow
                     except EngineGoneError as error:
                         raise refusals.engine_restarted() from error
-                    except FailedError as error:
-                        raise refusals.failed(str(error)) from error
+                    except FailedError as failure:
+                        why = failure.error
+                        held = any(each.sampling and each.sampling.grammar for each in requests)
+                        if held and not watch.answer_tokens:  # it was never compiled
+                            raise refusals.of_model(why, "response_format") from failure
+                        raise refusals.failed(why) from failure
 
 
 class Watch:

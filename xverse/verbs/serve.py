@@ -83,6 +83,7 @@ class Config(ModelOptions):
                 quantize=self.quantize,
                 kv_tokens=self.kv_tokens,
                 kv_dtype=self.kv_dtype,
+                tensor_parallel=self.tensor_parallel,
             ),
             name=self.served_model_name or title_of(model),
             host=self.host,
