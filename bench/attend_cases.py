@@ -1,5 +1,7 @@
-"""WHAT IS TUNED. Decode steps, prompts and stores at XVERSE-7B's shape, the cuts to try on each, and
-the pages they read; for `bench/tune_attend.py`."""
+"""WHAT IS TUNED. Decode steps, prompts and stores at XVERSE-7B's shape, cuts to try, and pages.
+
+For `bench/tune_attend.py`.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -18,12 +18,10 @@ import dataclasses
 import gc
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from bench.record import record
-from xverse.device import free_memory
 from xverse.engine.agree import Agreement, judge
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.footprint import bytes_per_token, copy_bandwidth, footprint
@@ -51,7 +49,6 @@ TARGETS: dict[str, tuple[float, float]] = {
     "d8 256 x (100-1024, 100-1024)": (8500, 6303),
     "e8 1024 x (128, 128)": (14500, 12795),
 }
-POOL_SHARE = 0.9  # of the memory that is free once the weights are there
 SMALL = ModelShape(
     model_type="xverse",
     vocab_size=512,
@@ -65,18 +62,13 @@ SMALL = ModelShape(
 )
 
 
-def options_of(args: argparse.Namespace, shape: ModelShape, *, fp8: bool) -> EngineOptions:
-    """As many tokens of keys and values as there is memory for."""
-    # A byte each and a 2-byte scale a head, or two bytes each.
-    element_bytes = shape.head_dim + 2 if fp8 else 2 * shape.head_dim
-    token_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * element_bytes
-    room = int(POOL_SHARE * free_memory(DEVICE)) // token_bytes
-    more: dict[str, Any] = {"kv_dtype": "fp8"} if fp8 else {}
+def options_of(args: argparse.Namespace, *, fp8: bool) -> EngineOptions:
+    """As many tokens of keys and values as the engine finds memory for, unless told."""
     return EngineOptions(
-        kv_tokens=args.kv_tokens or room,
+        kv_tokens=args.kv_tokens,
+        kv_dtype="fp8" if fp8 else "auto",
         max_running=args.max_running,
         step_tokens=args.step_tokens,
-        **more,
     )
 
 
@@ -116,8 +108,7 @@ def check_small(*, fp8: bool) -> dict[str, object]:
         else:
             found["small model, bf16"] = summary(answers_of(engine, (1, 8, 40)))
             if fp8:
-                with_fp8: dict[str, Any] = {"kv_dtype": "fp8"}
-                engine = Engine(decoder, options=EngineOptions(kv_tokens=16384, **with_fp8))
+                engine = Engine(decoder, options=EngineOptions(kv_tokens=16384, kv_dtype="fp8"))
                 found["small model, fp8 KV"] = summary(answers_of(engine, (1, 8, 40), steps=32))
     return found
 
@@ -203,7 +194,7 @@ def session(
 ) -> dict[str, object]:
     """One engine: opened, judged, warmed up, timed, and its memory given back."""
     torch.cuda.reset_peak_memory_stats()
-    options = options_of(args, decoder.shape, fp8=fp8)
+    options = options_of(args, fp8=fp8)
     engine = Engine(decoder, options=options)
     judged = summary(answers_of(engine, (1, 64), steps=32 if fp8 else 16))
     warm(engine)
@@ -225,7 +216,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of a and b")
     parser.add_argument("--max-running", type=int, default=1024)
-    parser.add_argument("--step-tokens", type=int, default=4096)
+    parser.add_argument("--step-tokens", type=int, default=None)
     parser.add_argument("--kv-tokens", type=int, default=None, help="all there is memory for")
     parser.add_argument("--record", default="throughput_h200", help="name of the JSON file")
     args = parser.parse_args()
@@ -233,9 +224,6 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"there are no parts {sorted(unknown)}")
-    fields = {field.name for field in dataclasses.fields(EngineOptions)}
-    if {"d8", "e8"} & set(args.parts) and "kv_dtype" not in fields:
-        parser.error("this engine has no kv_dtype: leave out d8 and e8")
     return args
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xverse.checkpoint.hub import pull
     from xverse.checkpoint.load import load
+    from xverse.engine.grammar import Grammar
     from xverse.engine.llm import LLM
     from xverse.engine.request import Piece, Sampling
     from xverse.errors import XverseError
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Decoder",
+    "Grammar",
     "ModelShape",
     "Piece",
     "Sampling",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Grammar": "xverse.engine.grammar",
     "LLM": "xverse.engine.llm",
     "Decoder": "xverse.model.decoder",
     "ModelShape": "xverse.model.shape",

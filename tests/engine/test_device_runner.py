@@ -205,3 +205,19 @@ def test_captured_sizes_waste_little() -> None:
     for rows in range(1, 1025):
         assert rows <= padded(rows)
         assert rows <= 16 or padded(rows) <= rows * 1.5
+
+
+def test_a_long_prompt_is_attended_to_as_a_whole() -> None:
+    """The way of cuDNN on a GPU, with rows filled up; then it decodes over its pages."""
+    it = engine()
+    assert isinstance(it.runner, DeviceRunner)
+    it.runner.prompts.whole_from = 20
+    ids = tuple(number * 7 % VOCAB for number in range(33))
+    numbers = [it.add(Request(ids, greedy(10)))]
+    numbers.append(it.add(Request(ids[:24], None, score_from=1)))
+    found: dict[int, list[int]] = {}
+    while it.busy:
+        for output in it.step():
+            if isinstance(output, Token):
+                found.setdefault(output.request, []).append(output.id)
+    assert found == {numbers[0]: plain_answer(ids, 10)}

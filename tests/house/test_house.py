@@ -28,6 +28,7 @@ def test_front_door() -> None:
     assert xverse.__all__ == [
         "LLM",
         "Decoder",
+        "Grammar",
         "ModelShape",
         "Piece",
         "Sampling",

@@ -46,6 +46,3 @@ def test_one_row(dtype: torch.dtype, weight_in_fp32: bool | None, gated: bool, t
             args = {"norm": norm, "bias_N": bias, "residual_TN": residual, "gated": gated}
             fast = multiply_triton.one_row(x, weight, **args, tile=tile)
             assert close(fast, reference.multiply_rows(x, weight, **args))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)

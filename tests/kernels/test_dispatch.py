@@ -20,6 +20,7 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.add_norm,
         reference.swiglu_joined,
         *2 * plain,
+        reference.attend,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,

@@ -55,7 +55,9 @@ def test_attention_over_pages(heads: int, kv_heads: int, size: int) -> None:
     tables, lengths = torch.randperm(24 // size).view(3, -1), torch.tensor([3, 8, 1])
     q = seeded(3, heads, 16)
     keys, values = (seeded(24 // size, kv_heads, size, 16) + extra for extra in (0, 1))
-    fast = attend.attend_pages(q, keys, values, tables, lengths)
+    gathered = (attend.gather_pages(pages, tables) for pages in (keys, values))
+    seen = torch.arange(8) < lengths[:, None]
+    fast = attend.attend_batch(q, *gathered, seen)
     twin = reference.attend_pages(q, keys, values, tables, lengths)
     assert torch.allclose(fast, twin, atol=1e-5)
     order = torch.cat([keys[page].transpose(0, 1) for page in tables[1]])

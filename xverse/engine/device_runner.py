@@ -14,9 +14,10 @@ from torch import Tensor
 
 from xverse.engine.captured import CapturedSteps, padded
 from xverse.engine.device_sampler import DeviceSampler, Picked, Row
+from xverse.engine.grammar_rows import Allowed
 from xverse.engine.paged import Paged
 from xverse.engine.pages import Table
-from xverse.engine.prompt_step import Prompts, PromptStep
+from xverse.engine.prompt_step import WHOLE_MULTIPLE, Prompts, PromptStep
 from xverse.engine.request import Sampling
 from xverse.engine.runner import Choice, Chosen, Flight, choosing, score
 from xverse.engine.sampler import Sampler, not_a_number
@@ -112,9 +113,13 @@ class DeviceRunner:
     ) -> Callable[[], list[Choice]]:
         slots_B = self._upload([g.slot for g in generations])
         rows = [Row(g.slot, len(g.ids) - len(g.request.ids)) for g in generations]
-        picked = self.sampler.choose(logits_BV, slots_B, rows)
+        samplers = [g.sampler for g in generations if g.sampler is not None]
+        allowed = Allowed([sampler.grammar for sampler in samplers], logits_BV.shape[1])
+        masks_BW = None if allowed.masks_BW is None else self._upload(allowed.masks_BW, numpy.int32)
+        picked = self.sampler.choose(logits_BV, slots_B, rows, masks_BW)
         self.latest_S.index_copy_(0, slots_B, picked.ids_B.clamp(min=0))
-        return _read(picked, [g.sampler.sampling.logprobs for g in generations if g.sampler])
+        read = _read(picked, [sampler.sampling.logprobs for sampler in samplers])
+        return lambda: allowed.accept(read())
 
     def _seat(self, chunks: Sequence[Chunk]) -> None:
         """Bring the device's page tables up to date, and the options of who has just come."""
@@ -156,6 +161,9 @@ class DeviceRunner:
         self, spans: Sequence[tuple[int, int, int]], ids: Iterable[int] | None = None
     ) -> Prompts:
         """Of (slot, held, count) each; without `ids` they are all 0."""
+        whole = len(spans) == 1 and spans[0][1] == 0 and spans[0][2] >= self.prompts.whole_from
+        if whole:
+            spans, ids = self._filled_up(spans[0], ids or ())
         counts = [count for _, _, count in spans]
         rows = numpy.empty((3, sum(counts)), numpy.int32)  # slot, position, id
         rows[0] = numpy.repeat([slot for slot, _, _ in spans], counts)
@@ -175,9 +183,18 @@ class DeviceRunner:
             offsets_B1=torch.cat((ends[0], ends[1, -1:])),
             held_B=ends[2],
             longest=max(counts),
-            seen=max(held + count for _, held, count in spans),
-            fresh=all(held == 0 for _, held, _ in spans),
+            whole=whole,
         )
+
+    def _filled_up(
+        self, span: tuple[int, int, int], ids: Iterable[int]
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """A long prompt, and after it rows that nobody reads."""
+        slot, held, count = span
+        more = -count % WHOLE_MULTIPLE
+        fill = [(self.slots, 0, more)] if more else []
+        given = list(ids) or [0] * count
+        return [(slot, held, count), *fill], given + [0] * more
 
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""

@@ -185,7 +185,10 @@ class DeviceSampler:
         self, entries: Sequence[_Entry], rows: Sequence[Row]
     ) -> tuple[Tensor, Tensor] | None:
         """Places in the flattened logits and what is added there; sent again where it changes."""
-        held_off = [e.min_tokens > row.answer_tokens for e, row in zip(entries, rows, strict=True)]
+        held_off = [
+            entry.min_tokens > row.answer_tokens and entry.sampler.holds_off(row.answer_tokens)
+            for entry, row in zip(entries, rows, strict=True)
+        ]
         key = tuple(
             (place, entry.number, held)
             for place, (entry, held) in enumerate(zip(entries, held_off, strict=True))

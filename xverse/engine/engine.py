@@ -6,11 +6,13 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 
 from xverse.engine.device_runner import DeviceRunner
+from xverse.engine.grammar_compile import Ask, Grammars, vocabulary_of
 from xverse.engine.memory import (
     out_of_memory,
     pool_tokens,
@@ -26,6 +28,7 @@ from xverse.engine.scheduler import Chunk, Generation, Scheduler
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.decoder import Decoder
+from xverse.text.tokenizer import Tokenizer
 
 Output = Token | Scores | Failed
 
@@ -40,6 +43,7 @@ class EngineOptions:
     `deterministic`: equal to the last bit, alone or among others, at some cost in speed.
     `share_prefixes`: what many prompts begin with is computed once. Where the rest is then computed
     in another shape, its last bits differ, unless `deterministic`.
+    `grammar_seconds`: how long one grammar may be compiled.
     """
 
     kv_tokens: int | None = None
@@ -49,6 +53,7 @@ class EngineOptions:
     max_running: int | None = None
     deterministic: bool = False
     share_prefixes: bool = True
+    grammar_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -59,16 +64,21 @@ class EngineOptions:
                     "It counts tokens or sequences.",
                     "Give a whole number of at least 1.",
                 )
+        if type(self.grammar_seconds) not in (int, float) or not 0 < self.grammar_seconds <= 600:
+            raise XverseError(
+                f"grammar_seconds cannot be {self.grammar_seconds!r:.60}.",
+                "It is the time that one grammar may take to compile.",
+                "Give a number from above 0 to 600.",
+            )
         if self.kv_dtype not in ("auto", "fp8"):
             raise XverseError(
                 f"Keys and values cannot be kept in {self.kv_dtype!r:.60}.",
                 "They are kept in the dtype of the weights, or in fp8.",
                 'Give kv_dtype "auto" or "fp8".',
             )
-        if (self.max_running or 1) > (self.step_tokens or CPU_STEP):
+        if self.step_tokens is not None and (self.max_running or 1) > self.step_tokens:
             raise XverseError(
-                f"{self.max_running} sequences cannot run in steps of "
-                f"{self.step_tokens or CPU_STEP} tokens.",
+                f"{self.max_running} sequences cannot run in steps of {self.step_tokens} tokens.",
                 "Each that decodes brings a token to every step.",
                 "Raise step_tokens or lower max_running.",
             )
@@ -76,7 +86,7 @@ class EngineOptions:
     def on(self, device: torch.device) -> "EngineOptions":
         """These options, none of steps left open. A GPU is not filled by a CPU's steps."""
         gpu = device.type == "cuda" and not self.deterministic
-        step = self.step_tokens or (GPU_STEP if gpu else CPU_STEP)
+        step = self.step_tokens or max(GPU_STEP if gpu else CPU_STEP, self.max_running or 0)
         running = self.max_running or min(step, GPU_RUNNING if gpu else CPU_RUNNING)
         return replace(self, step_tokens=step, max_running=running)
 
@@ -86,6 +96,7 @@ GPU_STEP, GPU_RUNNING = 8192, 256  # a step of 8,192 tokens of a 7B model takes 
 # Matrix products of one size give a row the same bits wherever it stands among the others; with
 # another number of rows the libraries sum in another order.
 FIXED_ROWS = 16
+COMPILING_WAIT_S = 0.02  # of a step with nothing else to do; new requests wait as long
 
 
 class Engine:
@@ -97,7 +108,9 @@ class Engine:
         *,
         end_ids: Collection[int] = (),
         options: EngineOptions | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """`tokenizer` is needed for grammars, and for nothing else."""
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         weight = decoder.model.embed_tokens.weight
@@ -112,6 +125,8 @@ class Engine:
         self._flight: Flight | None = None  # the step under way
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self._generations: dict[int, Generation] = {}
+        self._tokenizer = tokenizer
+        self._compiling: dict[int, Ask] = {}  # requests that wait for their grammar
         self._next = 0
 
     @property
@@ -136,6 +151,19 @@ class Engine:
         assert self.options.max_running is not None, "EngineOptions.on leaves nothing open"
         return self.options.max_running
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars; XverseError where this engine does not know its tokenizer."""
+        if self._tokenizer is None:
+            raise XverseError(
+                "This engine cannot hold answers to a grammar.",
+                "It was made without a tokenizer, and does not know what its ids spell.",
+                "Give Engine(..., tokenizer=...).",
+            )
+        count = self.decoder.shape.vocab_size
+        words = partial(vocabulary_of, self._tokenizer, self.end_ids, count)
+        return Grammars(words, self.options.grammar_seconds)
+
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
@@ -152,7 +180,11 @@ class Engine:
         generation = Generation(
             number, request, sampler, self._namespace(request), list(request.ids)
         )
-        self.scheduler.add(generation)
+        if sampler is not None and sampler.sampling.grammar is not None:
+            self.scheduler.require_room(request)
+            self._compiling[number] = self.grammars.ask(sampler.sampling.grammar)
+        else:
+            self.scheduler.add(generation)
         self._generations[number] = generation
         self._next += 1
         return number
@@ -168,6 +200,7 @@ class Engine:
     def abort(self, number: int) -> None:
         """Forget a request and take its memory back; nothing where it has ended already."""
         generation = self._generations.pop(number, None)
+        self._compiling.pop(number, None)
         if generation is not None:
             self.scheduler.remove(generation)
 
@@ -178,11 +211,14 @@ class Engine:
         never waits for the host: tokens come one call later, and a sequence that ends by what it
         says has been computed one token too far.
         """
-        found: list[Output] = []
+        found = self._admit_compiled()
         if any(generation.waits_for_host for generation in self.scheduler.running):
             found += self._land()
         chunks = self.scheduler.plan()
-        assert chunks or self._flight or not self.busy, "whoever fits at all fits when alone"
+        if not (chunks or self._flight):
+            assert len(self._generations) == len(self._compiling), "who fits, fits when alone"
+            if self._compiling and not found:
+                self.grammars.wait(COMPILING_WAIT_S)
         flight, shed = self._launch(chunks) if chunks else (None, [])
         found += [*self._land(), *shed]
         self._flight = flight
@@ -256,6 +292,22 @@ class Engine:
     def _alive(self, generation: Generation) -> bool:
         return generation.number in self._generations
 
+    def _admit_compiled(self) -> list[Output]:
+        """Queue whose grammar is compiled by now; those fail whose grammar cannot be."""
+        failed: list[Output] = []
+        for number, ask in list(self._compiling.items()):
+            answer = self.grammars.answer(ask)
+            generation = self._generations[number]
+            if isinstance(answer, XverseError):
+                self.abort(number)
+                failed.append(Failed(number, answer))
+            elif answer is not None:
+                del self._compiling[number]
+                assert generation.sampler is not None, "a grammar is an option of sampling"
+                generation.sampler.grammar = self.grammars.state(answer)
+                self.scheduler.add(generation)
+        return failed
+
     def _namespace(self, request: Request) -> str:
         """Past the trained length, dynamic rope makes keys depend on how long the prompt is."""
         shape, tokens = self.decoder.shape, len(request.ids)
@@ -288,6 +340,9 @@ class Engine:
     def _finish(self, generation: Generation, place: int) -> Finish | None:
         sampling, latest = generation.request.sampling, generation.ids[place]
         assert sampling is not None, "who chooses has options"
+        state = generation.sampler.grammar if generation.sampler else None
+        if state is not None and state.terminated:
+            return "stop"
         ends = latest in self.end_ids and not sampling.ignore_eos
         if ends or latest in sampling.stop_ids:
             return "stop"

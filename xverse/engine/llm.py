@@ -55,7 +55,12 @@ class LLM:
             # change their last bits.
             share_prefixes=deterministic or next(self.decoder.parameters()).is_cuda,
         )
-        self.engine = Engine(self.decoder, end_ids=self.model.end_ids, options=options)
+        self.engine = Engine(
+            self.decoder,
+            end_ids=self.model.end_ids,
+            options=options,
+            tokenizer=self.tokenizer,
+        )
         self._loop = Loop(self.engine)
 
     @overload

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.engine.paged import Paged
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch, reference
 from xverse.kernels.reference import Norm
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.norm import RMSNorm
+
+WHOLE_FROM, NEVER = 1024, 2**62  # rows; below, attention over pages takes a hundredth of the time
+WHOLE_MULTIPLE = 128  # what rows are filled up to, so that few lengths ever come
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Prompts:
 
     ids, positions [T] int32, places [T] int64 (page * page size + slot of each row); tables [B, P],
     offsets [B + 1] of each chunk's rows, held [B] tokens before it, int32. What the host knows:
-    the `longest` chunk's rows, the most tokens `seen` by one, and whether all begin `fresh`.
+    the `longest` chunk's rows, and whether this is one prompt from its beginning, to be attended to
+    as a `whole`.
     """
 
     ids_T: Tensor
@@ -34,12 +38,15 @@ class Prompts:
     offsets_B1: Tensor
     held_B: Tensor
     longest: int
-    seen: int
-    fresh: bool
+    whole: bool
 
 
 class PromptStep:
-    """Prompt rows through a decoder whose projections are joined (`fuse`)."""
+    """Prompt rows through a decoder whose projections are joined (`fuse`).
+
+    A prompt that begins here, is alone and has `whole_from` rows is attended to as a whole, not
+    through its pages; it may be followed by rows that nobody reads.
+    """
 
     def __init__(self, decoder: Decoder, kv: Paged) -> None:
         self.decoder, self.kv = decoder, kv
@@ -50,6 +57,10 @@ class PromptStep:
         self.swiglu = dispatch.swiglu_joined(device, dtype).call
         self.rotate_store = dispatch.rotate_store(device, dtype, fp8=fp8).call
         self.attend = dispatch.attend_chunks(device, dtype, fp8=fp8).call
+        shape = decoder.shape
+        grouped = shape.num_attention_heads != shape.num_key_value_heads
+        self.attend_whole = dispatch.attend_whole(device, dtype, grouped=grouped).call
+        self.whole_from = NEVER if self.attend_whole is reference.attend else WHOLE_FROM
         capacity = torch.arange(decoder.shape.context_length, device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, dtype)
 
@@ -72,8 +83,14 @@ class PromptStep:
         qkv_TN = attention.qkv_proj(x_TD)
         q_THE = self.rotate_store(
             qkv_TN, self.cos_SE, self.sin_SE, prompts.positions_T, prompts.places_T,
-            keys, values, scales=scales,
+            keys, values, scales=scales, in_place=prompts.whole,
         )  # fmt: skip
+        if prompts.whole:
+            heads = qkv_TN.unflatten(-1, (-1, attention.head_dim))
+            _, k_TKE, v_TKE = heads.split(
+                (attention.heads, attention.kv_heads, attention.kv_heads), 1
+            )
+            return attention.o_proj(self.attend_whole(q_THE, k_TKE, v_TKE).flatten(-2))
         mixed_THE = self.attend(
             q_THE, keys, values, prompts.tables_BP, prompts.offsets_B1, prompts.held_B,
             most=prompts.longest, scales=scales,

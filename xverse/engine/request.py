@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from xverse.engine.grammar import Grammar
 from xverse.errors import XverseError
 from xverse.log import warn_once
 from xverse.text.chat import Cut
@@ -47,6 +48,8 @@ class Sampling:
     that many best ones, by the model itself: before any of these options. prompt_logprobs asks the
     same for the prompt's tokens after the first. With echo the answer begins with the prompt.
     max_tokens 0 adds nothing to the prompt, and is for these two.
+    that many best ones, by the model itself: before any of these options. With a grammar only
+    tokens that it allows are chosen, and the answer ends where it does, whatever min_tokens says.
     """
 
     max_tokens: int | None = None
@@ -66,6 +69,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop: object = self.stop  # what callers give may be one string, or a list
@@ -87,6 +91,12 @@ class Sampling:
         _check(self, "seed", whole=True, low=-(2**63), high=2**63 - 1)
         _check_ids("stop_ids", self.stop_ids)
         _check_bias(self.logit_bias)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise XverseError(
+                f"grammar cannot be {self.grammar!r:.60}.",
+                "It says what an answer must look like.",
+                "Give for example Grammar.json(), Grammar.regex(...) or Grammar.json_schema(...).",
+            )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise XverseError(
                 f"A stop string is empty or no text: {self.stop!r:.80}.",
@@ -121,7 +131,26 @@ _FROM_CONFIG = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
 }
-_NEUTRAL = (None, 0.0, 0, 1.0, 0.0, 1.0, (), None, False, 0.0, 0.0, None, (), 0, None, None, False)
+_NEUTRAL = (
+    None,
+    0.0,
+    0,
+    1.0,
+    0.0,
+    1.0,
+    (),
+    None,
+    False,
+    0.0,
+    0.0,
+    None,
+    (),
+    0,
+    None,
+    None,
+    False,
+    None,
+)
 
 
 def sampling_of(generation_config: Mapping[str, object]) -> Sampling:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from xverse.engine.grammar_state import GrammarState
 from xverse.engine.request import Sampling
 from xverse.errors import XverseError
 from xverse.kernels.reference_sample import choose_row
@@ -21,6 +22,7 @@ class Sampler:
         off until min_tokens."""
         self.sampling = sampling
         self.end_ids = {*end_ids, *sampling.stop_ids}
+        self.grammar: GrammarState | None = None  # set when it is compiled, if one is asked for
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -31,7 +33,7 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the choice is always the best logit as it is."""
-        return self.sampling.temperature == 0.0 and not self._changes
+        return self.sampling.temperature == 0.0 and not self._changes and not self.sampling.grammar
 
     @property
     def penalized(self) -> bool:
@@ -52,13 +54,26 @@ class Sampler:
     def additions(self, answer_tokens: int) -> dict[int, float]:
         """What is added to the logits of ids when the answer has so many tokens."""
         found = dict(self.sampling.logit_bias or {})
-        if answer_tokens < (self.sampling.min_tokens or 0):
+        if self.holds_off(answer_tokens):
             found |= dict.fromkeys(self.end_ids, float("-inf"))
         return found
 
+    def holds_off(self, answer_tokens: int) -> bool:
+        """Whether the answer may not end yet. It may where its grammar allows nothing else."""
+        early = bool(self.end_ids) and answer_tokens < (self.sampling.min_tokens or 0)
+        return early and not (self.grammar is not None and self.grammar.only_end)
+
     def choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None = None) -> int:
         """The next token after `seen`, from its logits [V]; the answer's own part of `seen` begins
-        at `start`, by default at its end."""
+        at `start`, by default at its end. Where there is a grammar it goes on by that token."""
+        if self.sampling.grammar is None:
+            return self._choose(logits_V, seen, start)
+        assert self.grammar is not None, "whoever chooses has its grammar compiled"
+        id = self._choose(self.grammar.masked(logits_V), seen, start)
+        self.grammar.accept(id)
+        return id
+
+    def _choose(self, logits_V: Tensor, seen: Sequence[int], start: int | None) -> int:
         if self._changes:
             answer = seen[start:] if start is not None else ()
             logits_V = self._changed(logits_V.float(), seen, answer)

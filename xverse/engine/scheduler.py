@@ -63,7 +63,8 @@ class Generation:
     @property
     def waits_for_host(self) -> bool:
         """Whether its next step depends on what the host makes of the one before."""
-        return self.request.score_from is not None
+        sampling = self.request.sampling
+        return self.request.score_from is not None or bool(sampling and sampling.grammar)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ class Scheduler:
 
     def add(self, generation: Generation) -> None:
         """Queue it; XverseError where even the whole memory would not do."""
-        request = generation.request
+        self.require_room(generation.request)
+        insort(self.waiting, generation, key=_arrival)
+
+    def require_room(self, request: Request) -> None:
+        """XverseError where a request would not fit, even alone."""
         answer = request.sampling.max_tokens if request.sampling else 0
         most = len(request.ids) + (answer or 0)
         if self.pages.needed(most) > self.pages.count:
@@ -107,7 +112,6 @@ class Scheduler:
                 f"The KV cache holds {self.pages.count * self.pages.size} tokens in all.",
                 "Lower max_tokens, shorten the prompt, or give more memory with kv_tokens.",
             )
-        insort(self.waiting, generation, key=_arrival)
 
     def remove(self, generation: Generation) -> None:
         """Take it out, wherever it is, and all of its pages back."""

@@ -19,10 +19,10 @@ from xverse.kernels.reference import Scales
 @triton.jit
 def _rotate_store(
     qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, keys_ptr, values_ptr,
-    key_scales_ptr, value_scales_ptr, out_ptr,
+    key_scales_ptr, value_scales_ptr, out_ptr, out_stride,
     stride_page, stride_head, stride_slot, scale_page, scale_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, FP8: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block): some heads of the queries, or of the keys, or of the values."""
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,7 +50,7 @@ def _rotate_store(
         upper = _turned(upper, lower, cos_ptr + angle + half, sin_ptr + angle + half, 1.0, known)
         lower = x
     if is_query:
-        q_at = out_ptr + (token * HEADS + head) * E + element
+        q_at = out_ptr + token * out_stride + head * E + element
         tl.store(q_at, lower, inside)
         tl.store(q_at + half, upper, inside)
     else:
@@ -63,6 +63,9 @@ def _rotate_store(
             at, scale_at = values_ptr + offset, value_scales_ptr + scale_offset
             _keep(at, scale_at, lower, upper, inside, live, half, FP8)
         else:
+            if IN_PLACE:
+                tl.store(x_at, lower, inside)
+                tl.store(x_at + half, upper, inside)
             at, scale_at = keys_ptr + offset, key_scales_ptr + scale_offset
             _keep(at, scale_at, lower, upper, inside, live, half, FP8)
 
@@ -101,19 +104,22 @@ def rotate_store(
     values_PKSE: Tensor,
     scales: Scales | None = None,
     *,
+    in_place: bool = False,
     block: int = 16,
     warps: int = 4,
 ) -> Tensor:
     """Rope on q and k of many tokens, k and v into their pages. -> q, rotated, [T, H, E].
 
     Twin: `reference.rotate_store`. Positions int32, slots int64; all dense but the pages, of which
-    the last dimension is. `block` heads are one program's.
+    the last dimension is. `block` heads are one program's, so that it may work in place.
     """
     _, kv_heads, page_size, size = keys_PKSE.shape
     tokens = qkv_TN.shape[0]
     heads = qkv_TN.shape[1] // size - 2 * kv_heads
     check_pages(keys_PKSE, values_PKSE, scales)
-    q_THE = qkv_TN.new_empty(tokens, heads, size)
+    q_THE = qkv_TN[:, : heads * size].unflatten(1, (heads, size))
+    if not in_place:
+        q_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
     key_scales, value_scales = scales or (q_THE, q_THE)
     block = min(block, triton.next_power_of_2(heads))
     programs = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
@@ -121,7 +127,8 @@ def rotate_store(
         return q_THE
     _rotate_store[(tokens, programs)](
         qkv_TN, cos_SE, sin_SE, positions_T, slots_T, keys_PKSE, values_PKSE,
-        key_scales, value_scales, q_THE, *keys_PKSE.stride()[:3], *key_scales.stride()[:2],
+        key_scales, value_scales, q_THE, q_THE.stride(0),
+        *keys_PKSE.stride()[:3], *key_scales.stride()[:2], IN_PLACE=in_place,
         HEADS=heads, KV_HEADS=kv_heads, E=size, PAGE=page_size,
         BLOCK_H=block, BLOCK_E=triton.next_power_of_2(size // 2), FP8=scales is not None,
         num_warps=warps,

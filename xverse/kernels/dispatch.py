@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xverse.kernels import reference, reference_experts, reference_sample
+from xverse.kernels import attend, reference, reference_experts, reference_sample
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
 from xverse.kernels.tiles import MOST_ROWS
@@ -118,6 +118,18 @@ def attend_chunks(device: torch.device, dtype: torch.dtype, *, fp8: bool = False
     return Choice(operation, "Triton, flash, over pages", why, chunks_triton.attend_chunks)
 
 
+def attend_whole(device: torch.device, dtype: torch.dtype, *, grouped: bool = False) -> Choice:
+    """The function in the place of `reference.attend`, for long prompts that begin here.
+
+    `grouped`: whether several query heads share a key head.
+    """
+    operation = "attention of long prompts"
+    why_not = _why_no_triton(device, dtype) or "several query heads share a key head" * grouped
+    if why_not:
+        return Choice(operation, "none of its own", why_not, reference.attend)
+    return Choice(operation, "cuDNN", f"{dtype} on CUDA", attend.attend_whole)
+
+
 def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
     """The function in the place of `reference_sample.best_rows`, for up to `rows` rows.
 
@@ -221,6 +233,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         swiglu_joined(device, dtype),
         *(choose(device, dtype) for choose in attention),
         *(choose(device, dtype, fp8=True) for choose in attention),
+        attend_whole(device, dtype),
         *(choice(device) for choice in choosing),
         mixture_rows(device, dtype),
         mix_experts(device, dtype),

@@ -219,12 +219,15 @@ def rotate_store(
     keys_PKSE: Tensor,
     values_PKSE: Tensor,
     scales: Scales | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Rope on q and k of each token, k and v into their pages. -> q, rotated, [T, H, E].
 
     `qkv_TN` holds q, k, v of each token one after another, as the joint projection gives them;
     `positions_T` are rows of the rope tables, `slots_T` page * S + slot. With `scales`, two tensors
-    [P, K, S] in bf16, the pages are FP8, and each row is stored as `quantize_kv` gives it.
+    [P, K, S] in bf16, the pages are FP8, and each row is stored as `quantize_kv` gives it. With
+    `in_place`, q and k in `qkv_TN` are rotated too, and q is a view of it.
     """
     _, kv_heads, page_size, size = keys_PKSE.shape
     heads = qkv_TN.shape[1] // size - 2 * kv_heads
@@ -240,6 +243,9 @@ def rotate_store(
             fp8, scale_TK = quantize_kv(new)
             pages.view(torch.uint8)[page_T, :, slot_T] = fp8.view(torch.uint8)
             scales[index][page_T, :, slot_T] = scale_TK
+    if in_place:
+        qk.copy_(rotated)
+        return qk[:, :heads]
     return q_THE.contiguous()
 
 

@@ -61,7 +61,8 @@ class Decoder(nn.Module):
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         )
         # The head's weight in a memory of more rows, of which the last are zero; see `fuse`.
-        self.wide_head_VD: Tensor | None = None
+        self.wide_head_VD: Tensor | None
+        self.register_buffer("wide_head_VD", None, persistent=False)
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
