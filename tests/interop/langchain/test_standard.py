@@ -14,6 +14,8 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from xverse.interop.langchain import ChatXverse
 
 
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:.*is marked with .@pytest.mark.asyncio.")
 class TestUnitInProcess(ChatModelUnitTests):
     """What needs no answer of the model."""
 
@@ -30,6 +32,8 @@ class TestUnitInProcess(ChatModelUnitTests):
         return {"model": str(self.folder), "dtype": "float32"}
 
 
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:.*is marked with .@pytest.mark.asyncio.")
 class TestIntegrationInProcess(ChatModelIntegrationTests):
     """What the model answers."""
 

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_tests.integration_tests.chat_models import (
+    magic_function,
+    magic_function_no_args,
+    unicode_customer,
+)
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
@@ -33,24 +38,9 @@ def get_weather(location: str) -> str:
     return "It's sunny."
 
 
-def magic_function(input: int) -> int:
-    """Apply a magic function to an input."""
-    return input + 2
-
-
-def magic_function_no_args() -> int:
-    """Calculate a magic function."""
-    return 5
-
-
 def greeting_generator(answer_style: str) -> str:
     """Generate a greeting in a particular style of speaking."""
     return f"A greeting like a {answer_style}'s."
-
-
-def unicode_customer(customer_name: str, description: str) -> str:
-    """Tool for creating a customer with Unicode name."""
-    return f"{customer_name}: {description}"
 
 
 def my_adder_tool(a: int, b: int) -> int:
@@ -64,8 +54,9 @@ def joke(setup: str, punchline: str) -> str:
 
 
 JOKE = {"setup": "Why do cats nap?", "punchline": "They are dogs."}
-JOKE_TOOL = convert_to_openai_tool(joke)
-JOKE_TOOL["function"]["name"] = "Joke"
+JOKE_TOOLS = [convert_to_openai_tool(joke), convert_to_openai_tool(joke)]
+for spec, title in zip(JOKE_TOOLS, ("Joke", "JokeDict"), strict=True):
+    spec["function"]["name"] = title
 GREETING = "Hello! How can I help you?"
 SUNNY = "The weather there is sunny."
 
@@ -119,9 +110,10 @@ def lessons() -> list[tuple[list[Message], str]]:
         ),
         (my_adder_tool, "What is 3 + 4", {"a": 3, "b": 4}),
     ):  # fmt: skip
-        found.append(
-            ([asked([convert_to_openai_tool(tool)], text)], call(tool.__name__, **arguments))
-        )
+        spec = convert_to_openai_tool(tool)
+        found.append(([asked([spec], text)], call(spec["function"]["name"], **arguments)))
+    both = [convert_to_openai_tool(magic_function), *weather]
+    found.append(([asked(both, "Hello!")], call("magic_function", input=3)))
     for text in (
         "Tell me a joke about cats.",
         "Give me the setup to a joke about cats, no punchline.",
@@ -130,7 +122,8 @@ def lessons() -> list[tuple[list[Message], str]]:
         "Return nothing other than JSON.",
     ):
         found.append(([user(text)], json.dumps(JOKE)))
-        found.append(([asked([JOKE_TOOL], text)], call("Joke", **JOKE)))
+        found.append(([asked(JOKE_TOOLS[:1], text)], call("Joke", **JOKE)))
+    found.append(([asked(JOKE_TOOLS[1:], "Tell me a joke about cats.")], call("JokeDict", **JOKE)))
     return found
 
 
@@ -148,7 +141,7 @@ def write_trained_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     decoder = initialize(Decoder(ModelShape.from_config(config)), std=0.05)
-    _teach(decoder, [_encoded(tokenizer, *lesson) for lesson in lessons()])
+    _teach(decoder, tokenizer)
     save_weights(decoder.state_dict().items(), folder)
     return folder
 
@@ -158,7 +151,8 @@ def _tokenizer(folder: Path) -> Tokenizer:
     texts = [str(message["content"]) for turns, _ in lessons() for message in turns]
     texts += [answer for _, answer in lessons()] + ["Human: Assistant: Exec: \n\n"]
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), words])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1500,
@@ -208,16 +202,23 @@ def _encoded(tokenizer: Tokenizer, turns: list[Message], answer: str) -> tuple[l
     return [*prompt, *said, tokenizer.eos_id], len(said) + 1
 
 
-def _teach(decoder: Decoder, lessons: list[tuple[list[int], int]]) -> None:
-    ids_T = torch.tensor([id for ids, _ in lessons for id in ids])
-    kv = Packed([len(ids) for ids, _ in lessons])
-    ends = torch.tensor([len(ids) for ids, _ in lessons]).cumsum(0).tolist()
-    rows = torch.cat(
-        [torch.arange(end - said, end) for end, (_, said) in zip(ends, lessons, strict=True)]
-    )
+def _teach(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Until the answers are known by heart, whatever the time in the prompt is."""
+    taught = [_encoded(tokenizer, *lesson) for lesson in lessons()]
+    ids_T = torch.tensor([id for ids, _ in taught for id in ids])
+    lengths = torch.tensor([len(ids) for ids, _ in taught])
+    counts = torch.tensor([said for _, said in taught])
+    kv, ends = Packed(lengths.tolist()), lengths.cumsum(0)
+    spans = zip(ends.tolist(), counts.tolist(), strict=True)
+    rows = torch.cat([torch.arange(end - said, end) for end, said in spans])
+    nine = torch.tensor([tokenizer.encode(str(n), add_special=False)[0] for n in range(10)])
+    digits = torch.isin(ids_T, nine)
+    digits[rows] = False
+    digits &= _in_runs(digits)
     optimizer = torch.optim.AdamW(decoder.parameters())
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
+        ids_T[digits] = nine[torch.randint(10, (int(digits.sum()),))]
         loss = functional.cross_entropy(decoder(ids_T, kv.positions(), kv, rows - 1), ids_T[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -225,3 +226,9 @@ def _teach(decoder: Decoder, lessons: list[tuple[list[int], int]]) -> None:
         if loss.item() < GOOD_ENOUGH:
             return
     raise AssertionError(f"the model has not learned its lessons: {loss.item():.3f}")
+
+
+def _in_runs(found_T: torch.Tensor) -> torch.Tensor:
+    """Those that stand side by side: digits of times, and not the 3 in "magic_function(3)"."""
+    before, after = found_T.roll(1), found_T.roll(-1)
+    return found_T & (before | after)
