@@ -2,17 +2,19 @@
 
 import asyncio
 import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
 from xverse.engine.llm import LLM
 from xverse.engine.request import Request, Token
+from xverse.server.app import build_app
 from xverse.server.engine_process import Server
 from xverse.server.journal import Journal
 from xverse.server.limits import Keys
@@ -21,7 +23,6 @@ from xverse.server.messages import Inbox, Load, Ready, Start
 from xverse.server.options import ServeOptions
 from xverse.server.routes import GUIDE_ROUTES
 from xverse.server.run import Running, listen, url_of
-from xverse.server.app import build_app
 from xverse.server.supervisor import Supervisor
 
 
@@ -83,6 +84,16 @@ class Inside:
     engine: object = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    def logged(self, name: str) -> dict[str, object]:
+        """The line of the request so named; it is written once the answer is sent."""
+        for _ in range(200):
+            for line in self.journal.getvalue().splitlines():
+                facts: dict[str, object] = json.loads(line)
+                if facts.get("id") == name:
+                    return facts
+            time.sleep(0.01)
+        raise AssertionError(f"{name} is not in the log")
+
     def stop_engine(self) -> None:
         """The engine goes away, as a process that dies does."""
         self.engine_socket.shutdown(socket.SHUT_RDWR)
@@ -104,15 +115,13 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
     ours, theirs = socket.socketpair()
     inbox = Inbox(theirs)
     context = running.service.context
-    told = Ready(context, 4096, ready_engine.max_running, running.service.vocab_size, "cpu")
+    told = Ready(context, 16 * context, ready_engine.max_running, running.service.vocab_size, "cpu")
     server = Server(ready_engine, theirs, inbox)  # type: ignore[arg-type]
 
     def compute() -> None:
         inbox.messages(wait=True)
-        try:
+        with suppress(OSError):
             server.run(told, [])
-        except OSError:
-            pass
 
     made: list[Inside] = []
     begun, stop = threading.Event(), threading.Event()
@@ -130,15 +139,12 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
             supervisor._notice(Load())
 
         reading.add_done_callback(gone)
-        app = build_app(
-            running.service, running.traffic, max_choices=running.options.max_choices
-        )
+        app = build_app(running.service, running.traffic, max_choices=running.options.max_choices)
         guide = build_app(running.service, running.traffic, routes=GUIDE_ROUTES)
         ears = [listen("127.0.0.1", 0), listen("127.0.0.1", 0)]
         servers = [running._server(app), running._server(guide)]
         heard = [
-            asyncio.ensure_future(one.serve([ear]))
-            for one, ear in zip(servers, ears, strict=True)
+            asyncio.ensure_future(one.serve([ear])) for one, ear in zip(servers, ears, strict=True)
         ]
         made.append(
             Inside(

@@ -11,7 +11,11 @@ from tests.server.inside import Inside
 from xverse import LLM, Sampling
 
 HELLO = [{"role": "user", "content": "Hello"}]
-GREEDY = {"temperature": 0, "max_tokens": 16, "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True}}
+GREEDY = {
+    "temperature": 0,
+    "max_tokens": 16,
+    "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True},
+}
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,13 @@ class EngineCounts(Collector):
     """Counters that the engine keeps; they go on where an engine process has been replaced."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
+        self._model, self._restarts = model, 0
         self._before = Load()
         self.now = Load()
+
+    def set_restarts(self, count: int) -> None:
+        """How often an engine process was started anew."""
+        self._restarts = count
 
     def update(self, load: Load) -> None:
         """The engine's latest word; one that counts less is a new engine's."""
@@ -39,6 +43,7 @@ class EngineCounts(Collector):
     def collect(self) -> list[Metric]:
         """For Prometheus."""
         return [
+            self._counter("engine_restarts", "Engine processes started anew.", self._restarts),
             self._counter(
                 "num_preemptions",
                 "Sequences whose pages were taken away for a time.",
@@ -70,7 +75,6 @@ class Metrics:
         self.waiting = self._gauge("num_requests_waiting", "Sequences in either queue.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Used share of KV pages, 0 to 1.")
         self.ready = self._gauge("engine_ready", "1 while requests can be answered.")
-        self.restarts = self._counter("engine_restarts", "Engine processes started anew.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")
         self.generated = self._counter("generation_tokens", "Tokens of answers.")
         self.queries = self._counter(

@@ -29,7 +29,7 @@ class FairQueue:
         self.waiting = 0
         self._max_requests, self._max_tokens = max_requests, max_tokens
         self._tokens = 0
-        self._used = 0
+        self.used = 0
         self._rows: OrderedDict[str, deque[Waiter]] = OrderedDict()  # the next key comes first
         self._seconds = 1.0  # that a request was at work, of late
 
@@ -41,16 +41,16 @@ class FairQueue:
         """
         began = time.monotonic()
         weight = min(weight, self.slots)
-        if self.waiting or self._used + weight > self.slots:
+        if self.waiting or self.used + weight > self.slots:
             await self._wait(key, weight, tokens)
         else:
-            self._used += weight
+            self.used += weight
         entered = time.monotonic()
         try:
             yield entered - began
         finally:
             self._seconds += 0.1 * (time.monotonic() - entered - self._seconds)
-            self._used -= weight
+            self.used -= weight
             self._admit()
 
     async def _wait(self, key: str, weight: int, tokens: int) -> None:
@@ -69,7 +69,7 @@ class FairQueue:
             if waiter.turn.cancelled():
                 self._leave(key, waiter)
             else:
-                self._used -= weight  # it was let in at the moment it left
+                self.used -= weight  # it was let in at the moment it left
             self._admit()
             raise
 
@@ -78,12 +78,12 @@ class FairQueue:
         while self._rows:
             key, row = next(iter(self._rows.items()))
             waiter = row[0]
-            if self._used + waiter.weight > self.slots:
+            if self.used + waiter.weight > self.slots:
                 return  # it stays first: others overtaking would starve what brings many
             self._rows.move_to_end(key)
             self._leave(key, waiter)
             if not waiter.turn.cancelled():
-                self._used += waiter.weight
+                self.used += waiter.weight
                 waiter.turn.set_result(None)
 
     def _leave(self, key: str, waiter: Waiter) -> None:

@@ -52,7 +52,7 @@ async def deltas(
     service: Service, tenant: Tenant, turn: Turn, facts: dict[str, object]
 ) -> AsyncGenerator[list[Delta], None]:
     """The answer as it becomes final; all that is ready at once."""
-    speakers = [_Speaker(service, place, turn) for place in range(len(turn.prompts))]
+    speakers = [Speaker(service, place, turn) for place in range(len(turn.prompts))]
     ended: set[int] = set()
     pieces = service.pieces(tenant, turn.prompts, facts, ended)
     async with aclosing(pieces):
@@ -99,7 +99,7 @@ async def whole(
     return found
 
 
-class _Speaker:
+class Speaker:
     """One choice in the making."""
 
     def __init__(self, service: Service, choice: int, turn: Turn) -> None:
