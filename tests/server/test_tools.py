@@ -180,19 +180,27 @@ def test_the_results_of_tools_are_read(scripted: tuple[Inside, list[str]], calle
     assert "Exec: [3]" in prompt
 
 
-def test_a_forced_call_is_refused_by_name(caller: OpenAI) -> None:
-    named = {"type": "function", "function": {"name": "hotel_search"}}
-    for choice in ("required", named):
-        with pytest.raises(openai.BadRequestError) as caught:
-            caller.chat.completions.create(
-                model="tiny", messages=ASKED, tools=TOOLS, tool_choice=choice
-            )
-        assert caught.value.param == "tool_choice"
-        assert caught.value.code == "unsupported_parameter"
-    for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a"}}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            caller.chat.completions.create(model="tiny", messages=ASKED, response_format=form)
-        assert caught.value.param == "response_format"
+def test_an_answer_is_json_of_a_schema(client: OpenAI) -> None:
+    pytest.importorskip("xgrammar")
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASKED, response_format=form, max_tokens=60
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content or "")["yes"], bool)
+
+
+def test_what_cannot_be_held_is_refused_by_name(caller: OpenAI) -> None:
+    odd = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": odd}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        caller.chat.completions.create(model="tiny", messages=ASKED, response_format=form)
+    assert caught.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as caught:
+        caller.chat.completions.create(
+            model="tiny", messages=ASKED, tools=TOOLS, response_format={"type": "json_object"}
+        )
+    assert caught.value.param == "response_format"
 
 
 @pytest.mark.parametrize("depth", [40, 60])

@@ -1,13 +1,36 @@
-"""FORM OF THE ANSWER -> GRAMMAR. What response_format and a forced tool_choice ask of an answer."""
+"""FORM OF THE ANSWER -> GRAMMAR. What response_format and a demanded tool_choice ask of an answer."""
 
 import json
 
-from xverse.server.refusals import invalid, unsupported
+from xverse.engine.form import Form, form_of
+from xverse.errors import XverseError
+from xverse.server.refusals import invalid, of_model, unsupported
 from xverse.server.schema import NamedTool, ResponseFormat, Tool, ToolChoice
 
 MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 32
-NO_GRAMMAR = "this version cannot hold an answer to a grammar yet."
+
+
+def answer_form(
+    tools: list[Tool] | None, choice: ToolChoice | None, form: ResponseFormat | None
+) -> Form:
+    """How the answer gets the form that is asked for; Refusal for what cannot be asked."""
+    check_tools(tools)
+    check_choice(choice, tools)
+    check_format(form)
+    demanded = choice == "required" or isinstance(choice, NamedTool)
+    for place, tool in enumerate(tools or ()):
+        if tool.function.strict and not demanded:
+            why = "an answer that may be a call or not is held to no schema."
+            raise unsupported(f"tools[{place}].function.strict", why)
+    try:
+        return form_of(
+            [tool.model_dump(exclude_none=True) for tool in tools or ()],
+            choice.model_dump() if isinstance(choice, NamedTool) else choice,
+            form.model_dump(by_alias=True, exclude_none=True) if form else None,
+        )
+    except XverseError as error:
+        raise of_model(error, "tools" if demanded else "response_format") from error
 
 
 def check_tools(tools: list[Tool] | None) -> None:
@@ -15,15 +38,13 @@ def check_tools(tools: list[Tool] | None) -> None:
     names: set[str] = set()
     for place, tool in enumerate(tools or ()):
         _check_schema(tool.function.parameters or {}, f"tools[{place}].function.parameters")
-        if tool.function.strict:
-            raise unsupported(f"tools[{place}].function.strict", NO_GRAMMAR)
         if tool.function.name in names:
             raise invalid(f"Two tools are called {tool.function.name!r}.", f"tools[{place}]")
         names.add(tool.function.name)
 
 
 def check_choice(choice: ToolChoice | None, tools: list[Tool] | None) -> None:
-    """Refusal where a tool is demanded that is not there, or cannot be demanded."""
+    """Refusal where a tool is demanded that is not there."""
     if choice is None or choice in ("auto", "none"):
         return
     if not tools:
@@ -32,11 +53,10 @@ def check_choice(choice: ToolChoice | None, tools: list[Tool] | None) -> None:
         names = [tool.function.name for tool in tools]
         if choice.function.name not in names:
             raise invalid(f"There is no tool {choice.function.name!r}.", "tool_choice")
-    raise unsupported("tool_choice", NO_GRAMMAR)
 
 
 def check_format(form: ResponseFormat | None) -> None:
-    """Refusal where the answer cannot be held to this form."""
+    """Refusal where type and schema do not go together, or the schema is too large."""
     if form is None or form.type == "text":
         if form is not None and form.json_schema is not None:
             raise invalid("A text has no json_schema.", "response_format.json_schema")
@@ -48,7 +68,6 @@ def check_format(form: ResponseFormat | None) -> None:
         )
     if form.json_schema is not None:
         _check_schema(form.json_schema.schema_, "response_format.json_schema.schema")
-    raise unsupported("response_format", NO_GRAMMAR)
 
 
 def _check_schema(schema: dict[str, object], param: str) -> None:

@@ -41,11 +41,13 @@ class Turn:
     """What the model is to answer: one prompt a choice.
 
     With `tools` calls are taken out of the text; without `parallel` the first one ends the answer.
+    `opening` ends the prompts and begins the answers: a demanded call.
     """
 
     prompts: Sequence[Prompt]
     tools: bool = False
     parallel: bool = True
+    opening: str = ""
 
 
 async def deltas(
@@ -106,6 +108,9 @@ class Speaker:
         self.finish: TurnFinish | None = None
         self._choice, self._parallel = choice, turn.parallel
         self._stream = ToolStream() if turn.tools else None
+        if self._stream is not None:
+            early = self._stream.feed(turn.opening)
+            assert not early, "the opening is the beginning of a call"
         tokenizer = service.tokenizer
         self._spoken = Spoken(tokenizer.special_ids, tokenizer.strips_leading_space)
         self._calls = 0

@@ -98,8 +98,10 @@ class ChatXverse(BaseChatModel):
                 "A server knows its models by names; GET /v1/models lists them.",
                 "Give model.",
             )
-        key = self.api_key.get_secret_value() if self.api_key else env("XVERSE_API_KEY")
-        self._source = OverHttp(self.base_url, key or None, self.timeout, self.max_retries)
+        if self.api_key is None and (found := env("XVERSE_API_KEY")):
+            self.api_key = SecretStr(found)
+        key = self.api_key.get_secret_value() if self.api_key else None
+        self._source = OverHttp(self.base_url, key, self.timeout, self.max_retries)
         return self
 
     @property
