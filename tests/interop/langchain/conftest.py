@@ -21,5 +21,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def base_url(trained: Path) -> Iterator[str]:
     """Where a server has that model, by the name "tiny"."""
-    with inside(trained, keys=("secret",)) as server:
+    with inside(trained, keys=("secret-key",)) as server:
         yield f"{server.url}/v1"

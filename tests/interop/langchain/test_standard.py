@@ -53,11 +53,7 @@ class OverHttp:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "tiny", "base_url": self.base_url}
-
-    @property
-    def standard_chat_model_params(self) -> dict[str, Any]:
-        return {**super().standard_chat_model_params, "api_key": "secret"}  # type: ignore[misc]
+        return {"model": "tiny", "base_url": self.base_url, "api_key": "secret-key"}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -66,7 +62,7 @@ class OverHttp:
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         params = {"model": "tiny", "base_url": self.base_url}
-        return {"XVERSE_API_KEY": "secret"}, params, {"api_key": "secret"}
+        return {"XVERSE_API_KEY": "secret-key"}, params, {"api_key": "secret-key"}
 
 
 class TestUnitInProcess(InProcess, ChatModelUnitTests):
