@@ -115,7 +115,8 @@ def test_probes_ask_routes_without_a_key() -> None:
 
     container = manifest("Deployment")["spec"]["template"]["spec"]["containers"][0]
     paths = {
-        container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "readiness", "liveness")
+        container[f"{probe}Probe"]["httpGet"]["path"]
+        for probe in ("startup", "readiness", "liveness")
     }
     assert paths == {"/ready", "/health"}
     assert paths <= {route.path for route in ROUTES}

@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
+def url(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    if "ray" not in request.config.getoption("markexpr"):
+        pytest.skip("starts a cluster for a minute: run with -m ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -154,6 +154,6 @@ def _form_of_format(response_format: Schema | None) -> Form:
         raise XverseError(
             f"This is no form of an answer: {dict(response_format)!r:.80}.",
             "response_format is of type text, json_object or json_schema.",
-            'Give for example {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}.',
+            'Give {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}.',
         )
     return Form(grammar=Grammar.json_schema(schema))

@@ -74,8 +74,7 @@ def build_app(
         },
         "limits": {"max_queue": max_queue},
     }
-    deployment = serve.deployment(
-        Replica,
+    deploy = serve.deployment(
         name="xverse",
         num_replicas=replicas,
         ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
@@ -85,7 +84,8 @@ def build_app(
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=END_S,
     )
-    return deployment.bind(told, ready_s)
+    app: Application = deploy(Replica).bind(told, ready_s)
+    return app
 
 
 class Replica:

@@ -1,4 +1,4 @@
-"""FORM OF THE ANSWER -> GRAMMAR. What response_format and a demanded tool_choice ask of an answer."""
+"""FORM OF THE ANSWER -> GRAMMAR. What response_format and tool_choice ask of an answer."""
 
 import json
 

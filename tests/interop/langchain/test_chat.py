@@ -91,7 +91,7 @@ def test_messages_become_those_of_the_format() -> None:
             ChatMessage("4", role="exec"),
         ]
     )
-    assert [message["role"] for message in found] == "system user assistant tool exec".split()
+    assert [message["role"] for message in found] == ["system", "user", "assistant", "tool", "exec"]
     assert [message["content"] for message in found] == ["one\ntwo", "ab", "c", "3", "4"]
     assert found[2]["tool_calls"][0]["function"]["arguments"] == '{"a": "上海"}'  # type: ignore[index]
 

@@ -95,9 +95,16 @@ def lessons() -> list[tuple[list[Message], str]]:
     ]
     for tool, text, arguments in (
         (magic_function, "What is the value of magic_function(3)? Use the tool.", {"input": 3}),
-        (magic_function_no_args, "What is the value of magic_function_no_args()? Use the tool.", {}),
-        (greeting_generator, "Using the tool, generate a Pirate greeting.",
-         {"answer_style": "Pirate"}),
+        (
+            magic_function_no_args,
+            "What is the value of magic_function_no_args()? Use the tool.",
+            {},
+        ),
+        (
+            greeting_generator,
+            "Using the tool, generate a Pirate greeting.",
+            {"answer_style": "Pirate"},
+        ),
         (
             unicode_customer,
             "Create a customer named '你好啊集团' (Hello Group) - a Chinese technology company",
@@ -109,7 +116,7 @@ def lessons() -> list[tuple[list[Message], str]]:
             {"customer_name": "こんにちは株式会社", "description": "technology"},
         ),
         (my_adder_tool, "What is 3 + 4", {"a": 3, "b": 4}),
-    ):  # fmt: skip
+    ):
         spec = convert_to_openai_tool(tool)
         found.append(([asked([spec], text)], call(spec["function"]["name"], **arguments)))
     both = [convert_to_openai_tool(magic_function), *weather]

@@ -279,5 +279,3 @@ def _choice(choice: dict[str, Any] | str | bool | None, names: list[str]) -> Any
             )
         return {"type": "function", "function": {"name": choice}}
     return choice
-
-

@@ -44,9 +44,7 @@ class XVERSE_LLM(BaseLLM):
         self._model = shared_llm(self.mode_name_or_path)
         print("完成本地模型的加载")
 
-    def __call__(
-        self, prompt: str, stop: list[str] | None = None, **options: Any
-    ) -> str:
+    def __call__(self, prompt: str, stop: list[str] | None = None, **options: Any) -> str:
         """The answer to a prompt, as the guide asks for it."""
         return self.invoke(prompt, stop=stop, **options)
 

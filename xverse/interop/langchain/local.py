@@ -57,9 +57,7 @@ class InProcess:
         """The answer as it becomes final. XverseError where it takes longer than the timeout."""
         llm = self.llm(question.model)
         form = form_of(question.tools, question.tool_choice, question.response_format)
-        sampling = Sampling(
-            **question.options, stop=tuple(question.stop), grammar=form.grammar
-        )
+        sampling = Sampling(**question.options, stop=tuple(question.stop), grammar=form.grammar)
         tools = question.tools if question.tool_choice != "none" else ()
         prompt = llm.encode_chat(question.messages, sampling, tools=tools).ids
         if form.opening:

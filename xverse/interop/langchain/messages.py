@@ -17,11 +17,12 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
 from xverse.errors import XverseError
 from xverse.interop.langchain.question import CallPart, Delta
 
+NO_OBJECT = "The arguments are no JSON object."
 # Blocks of an assistant's content that say again what tool_calls says, or what is not sent back.
 _SILENT = frozenset({"tool_use", "tool_call", "tool_call_chunk", "reasoning", "thinking"})
 
@@ -118,17 +119,16 @@ def message_of(deltas: Sequence[Delta], model: str) -> AIMessage:
     for part in (part for delta in deltas for part in delta.calls):
         arguments = _arguments(part)
         if arguments is None:
-            error = "The arguments are no JSON object."
             invalid.append(
-                InvalidToolCall(name=part.name, args=part.arguments, id=part.id, error=error)
+                invalid_tool_call(name=part.name, args=part.arguments, id=part.id, error=NO_OBJECT)
             )
         else:
-            calls.append(ToolCall(name=part.name or "", args=arguments, id=part.id))
+            calls.append(tool_call(name=part.name or "", args=arguments, id=part.id))
     last = deltas[-1]
     return AIMessage(
         content="".join(delta.text for delta in deltas),
-        tool_calls=[{**call, "type": "tool_call"} for call in calls],
-        invalid_tool_calls=[{**call, "type": "invalid_tool_call"} for call in invalid],
+        tool_calls=calls,
+        invalid_tool_calls=invalid,
         usage_metadata=_usage(last),
         response_metadata=_metadata(last, model),
     )

@@ -166,9 +166,7 @@ def _whole(response: httpx.Response) -> Delta:
             CallPart(place, call["id"], call["function"]["name"], call["function"]["arguments"])
             for place, call in enumerate(message.get("tool_calls") or ())
         )
-        return Delta(
-            message.get("content") or "", calls, choice["finish_reason"], _usage(found)
-        )
+        return Delta(message.get("content") or "", calls, choice["finish_reason"], _usage(found))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_ours(response.text) from error
 
