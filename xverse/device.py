@@ -23,6 +23,12 @@ def env_flag(name: str) -> bool:
     return env(name).strip().lower() in {"1", "true", "yes", "on"}
 
 
+def child_environment() -> dict[str, str]:
+    """Ours, for a process of this package: it finds the package where this one did."""
+    home = str(Path(__file__).resolve().parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, env("PYTHONPATH")]))}
+
+
 def pick_device(name: str | None = None) -> "torch.device":
     """The device `name` ("cpu", "cuda", "cuda:1"), or without a name the best one there is.
 

@@ -151,18 +151,25 @@ def test_percentiles_lie_on_a_line() -> None:
     assert percentile(range(101), 1) == 100
 
 
-def test_warming_up_meets_every_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_up_meets_the_largest_step_and_long_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     warmed = engine(max_running=11)
     seen: set[int] = set()
-    step = warmed.step
+    tokens: set[int] = set()
+    step, prepared = warmed.step, []
 
     def watched() -> Sequence[Output]:
         seen.add(len(warmed.scheduler.running))
+        tokens.update(len(g.request.ids) for g in warmed.scheduler.running)
         return step()
 
     monkeypatch.setattr(warmed, "step", watched)
+    monkeypatch.setattr(warmed, "prepare", lambda: prepared.append(True))
     warm(warmed)
-    assert seen >= set(range(1, 12))
+    assert prepared
+    assert seen >= {1, 2, 4, 8, 11}
+    assert max(tokens) > 200
 
 
 def test_the_engine_agrees_with_the_plain_decoder() -> None:

@@ -45,7 +45,7 @@ def test_front_door() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "show"]
+    "verb", ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "serve", "show"]
 )
 def test_help_needs_no_torch(verb: str) -> None:
     code = (

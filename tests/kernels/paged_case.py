@@ -46,7 +46,8 @@ class Pool:
         keys, values = (torch.full((*lead, size), torch.nan).to(stuff) for _ in range(2))
         scales = None
         if fp8:
-            scales = tuple(torch.full(lead, torch.nan, dtype=torch.bfloat16) for _ in range(2))
+            scale = torch.full(lead, torch.nan, dtype=torch.bfloat16)
+            scales = scale, scale.clone()
         pool = cls(keys, values, scales, tables.int())
         slots = torch.cat([pool.slots(b, 0, tokens) for b, tokens in enumerate(stored)])
         past = seeded(len(slots), 3 * kv_heads * size, dtype=dtype)  # the queries are not used

@@ -28,6 +28,8 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference_sample.count_rows,
         reference_experts.mixture_rows,
         reference_experts.mix_experts,
+        reference.add_parts,
+        reference.gather_columns,
     ]
     assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
 
@@ -91,3 +93,19 @@ def test_experts_that_can_only_be_called_one_by_one_are_and_it_is_said(
     if importlib.util.find_spec("triton") is not None:
         choice = dispatch.mix_experts(CUDA, torch.bfloat16)
         assert choice.call is not reference_experts.mix_experts
+
+
+@pytest.mark.parametrize(
+    ("gpus", "linked", "why"), [(1, True, "one GPU"), (2, False, "cannot reach"), (2, True, "")]
+)
+def test_sums_need_gpus_that_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, linked: bool, why: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: linked)
+    choice = dispatch.add_parts(CUDA, torch.bfloat16)
+    assert (choice.call is reference.add_parts) == bool(why)
+    assert (choice.implementation == "NCCL") == bool(why)
+    assert why in choice.reason

@@ -173,6 +173,7 @@ def test_unknown_fields_are_refused_by_name(
     [
         {"temperature": 2.1},
         {"temperature": "1"},
+        {"temperature": 1e-300},
         {"top_p": -0.1},
         {"n": 0},
         {"n": 17},

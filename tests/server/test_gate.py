@@ -310,6 +310,16 @@ def test_options_that_cannot_be(more: dict[str, object]) -> None:
         ServeOptions(**({"start": Start(model="m"), "name": "m"} | more))  # type: ignore[arg-type]
 
 
+def test_small_writes_do_not_wait() -> None:
+    from xverse.server.run import listen
+
+    with listen("127.0.0.1", 0) as ear, socket.create_connection(ear.getsockname()):
+        ear.setblocking(True)
+        with ear.accept()[0] as connection:
+            assert connection.proto == socket.IPPROTO_TCP
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_port_that_is_taken_is_said(server: Inside) -> None:
     from xverse.server.run import listen
 

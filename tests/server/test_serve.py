@@ -1,7 +1,9 @@
 """`xverse serve` as a person starts it: two processes, kill -9, SIGTERM, errors at the start."""
 
+import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from xverse.errors import XverseError
+from xverse.server.messages import Start
+from xverse.server.supervisor import Supervisor
 
 CHAT = {
     "model": "XVERSE-Tiny-Chat",
@@ -134,21 +140,15 @@ def sum_of(client: httpx.Client, name: str) -> float:
 
 
 def test_a_model_that_cannot_be_loaded_is_said_and_ends_it(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     for file in broken.glob("pytorch_model-00003*"):
         file.unlink()
-    found = subprocess.run(
-        [sys.executable, "-m", "xverse", "serve", str(broken), "--port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=START_S,
-    )
-    assert found.returncode == 1
-    assert "error:" in found.stderr
-    assert "Traceback" not in found.stderr
+    supervisor = Supervisor(Start(str(broken)), lambda _: None)
+    with pytest.raises(XverseError, match="pytorch_model-00003"):
+        asyncio.run(asyncio.wait_for(supervisor.run(), START_S))
+    assert supervisor.process is not None
+    assert supervisor.process.returncode == 1
 
 
 @pytest.mark.parametrize(

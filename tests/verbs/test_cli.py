@@ -200,3 +200,13 @@ def test_pull_hands_its_options_on(
     }
     assert out.strip() == str(tmp_path)
     assert pull_verb.Config(model="a/b").source == "auto"
+
+
+def test_a_model_is_not_spread_over_what_does_not_divide_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["generate", str(folder), "Hello", "--device", "cpu", "--tensor-parallel", "3"]
+    code, _, err = in_process(capsys, *ask)
+    assert code == 1
+    assert "cannot be spread over 3 devices" in err
+    assert "1, 2, 4" in err

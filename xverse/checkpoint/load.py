@@ -57,11 +57,19 @@ class Model:
         return frozenset() if own is None else frozenset({own})
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Model:
+# What becomes of a module once it is filled: (whole model's shape, its name, it) -> its successor.
+Keep = Callable[[ModelShape, str, nn.Module], nn.Module]
+
+
+def load(
+    model: str | Path, *, dtype: str = "auto", device: str = "auto", keep: Keep | None = None
+) -> Model:
     """Load `model` (folder, GGUF file, alias, hub id) ready to run, its weights frozen.
 
-    dtype "auto" is the one the folder names, as far as the device computes in it. Nothing in the
-    folder is executed. Raises XverseError for anything missing, damaged or of another kind.
+    dtype "auto" is the one the folder names, as far as the device computes in it. With `keep`
+    every module is exchanged for what that gives as soon as it is filled, so that the device never
+    holds more of the whole model than one module. Nothing in the folder is executed. Raises
+    XverseError for anything missing, damaged or of another kind.
     """
     place = devices.pick_device(device)
     path, title = resolve(model), title_of(model)
@@ -73,7 +81,7 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Mod
     else:
         checkpoint = open_checkpoint(path, title)
         tokenizer, weights = open_tokenizer(path), open_weights(path)
-    decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place)
+    decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place, keep)
     return Model(decoder, tokenizer, checkpoint)
 
 
@@ -100,7 +108,11 @@ def _gguf_checkpoint(file: gguf.GgufFile, path: Path, title: str) -> Checkpoint:
 
 
 def build(
-    checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Keep | None = None,
 ) -> Decoder:
     """A decoder on `device` with these weights, one tensor at a time, so that no second copy of
     the model ever exists; on a CPU they stay in the files' memory maps where dtypes agree."""
@@ -111,7 +123,7 @@ def build(
             scheme = Scheme.from_config(quantized)
             replace_linears(decoder, lambda layer: QuantizedLinear.of(layer, scheme))
     reader = _Reader(weights, decoder, dtype, device)
-    steps = reader.steps()
+    steps = reader.steps(keep)
     for fill in progress(steps, total=len(steps), label="loading"):
         fill()
     reader.refuse_leftovers()
@@ -129,17 +141,25 @@ class _Reader:
         self.infos: dict[str, TensorInfo] = weights.infos()
         self.asked: set[str] = set()
 
-    def steps(self) -> list[Callable[[], None]]:
+    def steps(self, keep: Keep | None) -> list[Callable[[], None]]:
         """One call for every module that has tensors of its own; each fills its module."""
-        steps: list[Callable[[], None]] = []
-        for prefix, module in self.decoder.named_modules():
-            if isinstance(module, QuantizedLinear):
-                steps.append(partial(self._quantized, module, prefix))
-            elif isinstance(module, StackedLinear):
-                steps.append(partial(self._stacked, module, prefix))
-            elif any(True for _ in module.parameters(recurse=False)):
-                steps.append(partial(self._plain, module, prefix))
-        return steps
+        filled = [
+            (prefix, module)
+            for prefix, module in self.decoder.named_modules()
+            if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False))
+        ]
+        return [partial(self._step, module, prefix, keep) for prefix, module in filled]
+
+    def _step(self, module: nn.Module, prefix: str, keep: Keep | None) -> None:
+        if isinstance(module, QuantizedLinear):
+            self._quantized(module, prefix)
+        elif isinstance(module, StackedLinear):
+            self._stacked(module, prefix)
+        else:
+            self._plain(module, prefix)
+        kept = module if keep is None else keep(self.decoder.shape, prefix, module)
+        if kept is not module:
+            self.decoder.set_submodule(prefix, kept)
 
     def refuse_leftovers(self) -> None:
         """Raise XverseError where the files hold tensors that this model has no place for."""

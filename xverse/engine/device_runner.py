@@ -5,11 +5,12 @@ it. So the host never waits for a token before it sends the next step: it knows 
 come along and how long they are, and not what they say.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xverse.engine.captured import CapturedSteps, padded
@@ -63,7 +64,8 @@ class DeviceRunner:
     def launch(self, chunks: Sequence[Chunk]) -> Flight:
         """Send the step off. Waits for the device only where prompt tokens are to be scored."""
         self._seat(chunks)
-        decoding = [chunk for chunk in chunks if _decodes(chunk)]
+        # The longest first: they start together, and the short ones fill up behind them.
+        decoding = [chunk for chunk in reversed(chunks) if _decodes(chunk)]
         others = [chunk for chunk in chunks if not _decodes(chunk)]
         ordered, found = [*others, *decoding], []
         if others:
@@ -153,22 +155,24 @@ class DeviceRunner:
         return self._upload(rows, numpy.int32)
 
     def _prompts(self, chunks: Sequence[Chunk]) -> Prompts:
-        ids = (c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks)
         spans = [(c.generation.slot, c.generation.held, c.count) for c in chunks]
-        return self._prompt_rows(spans, chain.from_iterable(ids))
+        ids = [c.generation.ids[c.generation.held : c.generation.held + c.count] for c in chunks]
+        return self._prompt_rows(spans, numpy.concatenate([numpy.array(i, "i4") for i in ids]))
 
     def _prompt_rows(
-        self, spans: Sequence[tuple[int, int, int]], ids: Iterable[int] | None = None
+        self, spans: Sequence[tuple[int, int, int]], ids: NDArray[numpy.int32] | None = None
     ) -> Prompts:
         """Of (slot, held, count) each; without `ids` they are all 0."""
         whole = len(spans) == 1 and spans[0][1] == 0 and spans[0][2] >= self.prompts.whole_from
         if whole:
-            spans, ids = self._filled_up(spans[0], ids or ())
+            spans = self._filled_up(spans[0])
         counts = [count for _, _, count in spans]
         rows = numpy.empty((3, sum(counts)), numpy.int32)  # slot, position, id
         rows[0] = numpy.repeat([slot for slot, _, _ in spans], counts)
         rows[1] = numpy.concatenate([numpy.arange(held, held + n) for _, held, n in spans])
-        rows[2] = 0 if ids is None else numpy.fromiter(ids, numpy.int32)
+        rows[2] = 0
+        if ids is not None:
+            rows[2, : len(ids)] = ids
         offsets = [0, *accumulate(counts)]
         ends = self._upload([offsets[:-1], offsets[1:], [held for _, held, _ in spans]], "i4")
         slot_T, positions_T, ids_T = self._upload(rows, numpy.int32)
@@ -186,15 +190,10 @@ class DeviceRunner:
             whole=whole,
         )
 
-    def _filled_up(
-        self, span: tuple[int, int, int], ids: Iterable[int]
-    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+    def _filled_up(self, span: tuple[int, int, int]) -> list[tuple[int, int, int]]:
         """A long prompt, and after it rows that nobody reads."""
-        slot, held, count = span
-        more = -count % WHOLE_MULTIPLE
-        fill = [(self.slots, 0, more)] if more else []
-        given = list(ids) or [0] * count
-        return [(slot, held, count), *fill], given + [0] * more
+        more = -span[2] % WHOLE_MULTIPLE
+        return [span, (self.slots, 0, more)] if more else [span]
 
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""

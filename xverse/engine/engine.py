@@ -4,7 +4,7 @@ Requests may come and go between any two steps; each gets the tokens that it wou
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -109,8 +109,14 @@ class Engine:
         end_ids: Collection[int] = (),
         options: EngineOptions | None = None,
         tokenizer: Tokenizer | None = None,
+        least: Callable[[int], int] | None = None,
     ) -> None:
-        """`tokenizer` is needed for grammars, and for nothing else."""
+        """`tokenizer` is needed for grammars, and for nothing else.
+
+        `least` is for an engine that computes a part of what several do together: the least of a
+        number that each of them gives. What they do then follows from what is asked alone.
+        """
+        self._least = least
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         weight = decoder.model.embed_tokens.weight
@@ -123,6 +129,7 @@ class Engine:
         self.overlap = isinstance(self.runner, DeviceRunner)
         self.scheduler = Scheduler(self.pages, self.step_tokens, self.max_running)
         self._flight: Flight | None = None  # the step under way
+        self._landed: list[Generation] = []  # whose pages are still to be settled
         logger.info("the KV cache has room for %d tokens", self.capacity)
         self._generations: dict[int, Generation] = {}
         self._tokenizer = tokenizer
@@ -169,7 +176,7 @@ class Engine:
         assert request.ids, "a prompt has tokens"
         assert request.score_from != 0, "nothing foretells the first token"
         known = self.decoder.shape.vocab_size
-        if not all(0 <= id < known for id in request.ids):
+        if not 0 <= min(request.ids) <= max(request.ids) < known:
             raise XverseError(
                 "The prompt has ids that the model does not know.",
                 f"They go from 0 to {known - 1}.",
@@ -220,11 +227,21 @@ class Engine:
             if self._compiling and not found:
                 self.grammars.wait(COMPILING_WAIT_S)
         flight, shed = self._launch(chunks) if chunks else (None, [])
+        self._settle()  # while the device is busy
         found += [*self._land(), *shed]
         self._flight = flight
         if not self.overlap:
             found += self._land()
+        if self._flight is None:
+            self._settle()
         return found
+
+    def _settle(self) -> None:
+        """What is done for later requests: pages of the tokens that landed can be shared, and so
+        many pages are free that the next ones need not be taken from the tree one by one."""
+        self.scheduler.landed(g for g in self._landed if self._alive(g))
+        self._landed = []
+        self.pages.free_up(min(self.step_tokens // self.pages.size, self.pages.count // 16))
 
     def _pool(self, pages: int) -> Paged:
         """Memory for so many pages, and one more for rows of a captured step that nobody fills."""
@@ -251,6 +268,10 @@ class Engine:
         """As asked, or by the machine; on a GPU beside the largest steps, which are tried out."""
         if self.options.kv_tokens is not None:
             return self.options.kv_tokens
+        room = self._room()
+        return room if self._least is None else self._least(room)
+
+    def _room(self) -> int:
         shape, dtype = self.decoder.shape, self._kv_type()
         device = self.decoder.model.embed_tokens.weight.device
         runner = self._runner(self._pool(0))
@@ -265,8 +286,8 @@ class Engine:
         try:
             flight = self.runner.launch(chunks)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+            if self._least is not None or not out_of_memory(error):
+                raise  # the others would go on with a request that was given up here
             last = max(chunk.generation.number for chunk in chunks)
             self.abort(last)
             if torch.cuda.is_available():
@@ -285,7 +306,7 @@ class Engine:
             if isinstance(choice, Chosen):
                 generation.ids[place] = choice.id
                 generation.pending -= 1
-        self.scheduler.landed(c.generation for c in flight.chunks if self._alive(c.generation))
+        self._landed += [chunk.generation for chunk in flight.chunks]
         landed.sort(key=lambda found: found[0].number)
         return [output for found in landed for output in self._take(*found)]
 
@@ -330,10 +351,12 @@ class Engine:
             scores, tops = tuple(generation.scores), tuple(generation.tops)
             yield Scores(number, scores, last=choice is None, tops=tops)
         if choice is None:
+            self.scheduler.landed([generation])
             self.abort(number)
             return
         finish = self._finish(generation, place)
         if finish:
+            self.scheduler.landed([generation])
             self.abort(number)
         yield Token(number, choice.id, finish, choice.logprob, choice.top)
 

@@ -9,6 +9,7 @@ import torch
 
 from xverse.device import free_memory
 from xverse.engine.engine import Engine
+from xverse.engine.spread import SpreadEngine
 from xverse.model.decoder import Decoder
 
 
@@ -23,8 +24,8 @@ class Footprint:
     peak_bytes: int
 
 
-def footprint(engine: Engine) -> Footprint:
-    """What the engine holds now, and the peak up to now."""
+def footprint(engine: Engine | SpreadEngine) -> Footprint:
+    """What the engine holds now, and the peak up to now; of one that is spread, on one device."""
     return Footprint(
         weight_bytes(engine.decoder),
         engine.capacity,
@@ -73,7 +74,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def _sizes(decoder: Decoder) -> dict[str, int]:
     tensors = [*decoder.named_parameters(), *decoder.named_buffers()]
-    return {name: tensor.nbytes for name, tensor in tensors}
+    # Wide heads are the memory of the head itself, and a few rows.
+    return {name: x.nbytes for name, x in tensors if not name.rpartition(".")[2].startswith("wide")}
 
 
 def _wait(device: torch.device) -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
-from xverse.checkpoint.load import load
+from xverse.checkpoint.load import Model, load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
+from xverse.device import pick_device
 from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.loop import Loop
 from xverse.engine.output import Output
 from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Scores
+from xverse.engine.spread import SpreadEngine, spread
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.quant.quantize import quantize as quantize_decoder
@@ -26,8 +28,10 @@ class LLM:
     `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
-    Threads may share an LLM: what they ask for is computed together. On a CPU that changes no bit
-    of an answer; with `deterministic` it never does, and common beginnings are computed once.
+    `tensor_parallel` spreads the model over that many GPUs of this machine (or processes, on a
+    CPU), each of which computes a part of every layer. Threads may share an LLM: what they ask for
+    is computed together. On a CPU that changes no bit of an answer; with `deterministic` it never
+    does, and common beginnings are computed once.
     """
 
     def __init__(
@@ -40,28 +44,51 @@ class LLM:
         kv_tokens: int | None = None,
         kv_dtype: Literal["auto", "fp8"] = "auto",
         deterministic: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
-        self.model = load(model, dtype=dtype, device=device)
-        if quantize is not None:
-            quantize_decoder(self.model.decoder, quantize)
-        self.decoder = fuse(self.model.decoder)
-        self.tokenizer = self.model.tokenizer
-        self.title = self.model.checkpoint.title
         options = EngineOptions(
             kv_tokens=kv_tokens,
             kv_dtype=kv_dtype,
             deterministic=deterministic,
             # On a CPU answers are the same in any company as they come; shared prefixes would
             # change their last bits.
-            share_prefixes=deterministic or next(self.decoder.parameters()).is_cuda,
+            share_prefixes=deterministic or pick_device(device).type == "cuda",
         )
-        self.engine = Engine(
-            self.decoder,
-            end_ids=self.model.end_ids,
-            options=options,
-            tokenizer=self.tokenizer,
-        )
+        self.model: Model
+        self.engine: Engine | SpreadEngine
+        if tensor_parallel == 1:
+            self.model = load(model, dtype=dtype, device=device)
+            if quantize is not None:
+                quantize_decoder(self.model.decoder, quantize)
+            fuse(self.model.decoder)
+            self.engine = Engine(
+                self.model.decoder,
+                end_ids=self.model.end_ids,
+                options=options,
+                tokenizer=self.model.tokenizer,
+            )
+        else:
+            self.model, self.engine = spread(
+                model,
+                tensor_parallel,
+                dtype=dtype,
+                device=device,
+                quantize=quantize,
+                options=options,
+            )
+        self.decoder = self.model.decoder
+        self.tokenizer = self.model.tokenizer
+        self.title = self.model.checkpoint.title
         self._loop = Loop(self.engine)
+
+    def close(self) -> None:
+        """End the processes of a model that is spread over devices; what they held is free then.
+
+        It happens by itself when the model is collected or the interpreter ends. A model on one
+        device has no such processes.
+        """
+        if isinstance(self.engine, SpreadEngine):
+            self.engine.close()
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None) -> Answer: ...

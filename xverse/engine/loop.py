@@ -8,17 +8,28 @@ import threading
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from xverse.engine.engine import Engine, Output
+from xverse.engine.engine import Output
 from xverse.engine.request import Failed, Request, Scores, Token
 
 Box = deque[Output]
 
 
+class Steps(Protocol):
+    """An engine, in this process or spread over several."""
+
+    def add(self, request: Request) -> int: ...
+
+    def abort(self, number: int) -> None: ...
+
+    def step(self) -> Sequence[Output]: ...
+
+
 class Loop:
     """One engine, read from any number of threads and generators."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Steps) -> None:
         self.engine = engine
         self._lock = threading.Lock()
         self._boxes: dict[int, Box] = {}

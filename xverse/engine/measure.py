@@ -8,6 +8,7 @@ from typing import Protocol
 
 from xverse.engine.engine import Engine, Output
 from xverse.engine.request import Failed, Request, Token
+from xverse.engine.spread import SpreadEngine
 from xverse.engine.workload import apart, make_requests
 
 
@@ -137,7 +138,7 @@ def measure_throughput(
     return Measured(tuple(timed), seconds, *counts)
 
 
-def warm(engine: Engine) -> None:
+def warm(engine: Engine | SpreadEngine) -> None:
     """Meet every number of rows and some prompts, so that whatever is compiled or captured when it
     is first met is there before the timing."""
     engine.prepare()
@@ -147,8 +148,8 @@ def warm(engine: Engine) -> None:
         some = make_requests(min(rows, engine.max_running), (4, 4), (3, 3), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm {rows}"))
         rows *= 2
-    for tokens in {longest, min(longest, 512)}:
-        some = make_requests(1, (tokens, tokens), (2, 2), vocabulary=vocabulary)
+    for tokens, count in ((longest, 1), (min(longest, 512), 2), (min(longest, 1100), 2)):
+        some = make_requests(count, (tokens, tokens), (2, 2), vocabulary=vocabulary)
         measure_throughput(engine, apart(some, f"warm prompt {tokens}"))
 
 
@@ -164,6 +165,8 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 def _counted(steps: Steps) -> tuple[int, ...]:
     """How often so far: preemptions, and tokens that were found instead of computed."""
+    if isinstance(steps, SpreadEngine):
+        steps = steps.engine
     if not isinstance(steps, Engine):
         return ()
     return steps.scheduler.preempted, steps.scheduler.reused_tokens

@@ -88,6 +88,11 @@ class Pages:
         table.pages += [self._take() for _ in range(missing)]
         return True
 
+    def free_up(self, count: int) -> None:
+        """Have `count` pages free, as far as there are any that nobody reads."""
+        while len(self._free) < count and self._idle:
+            self._free.insert(0, self._evict())
+
     def settle(self, table: Table, ids: Sequence[int], held: int) -> None:
         """Put pages that are full by now, `held` tokens being computed, into the tree.
 
@@ -147,8 +152,10 @@ class Pages:
         table.path.append(node)
 
     def _take(self) -> int:
-        if self._free:
-            return self._free.pop()
+        return self._free.pop() if self._free else self._evict()
+
+    def _evict(self) -> int:
+        """The page of the tree that was unread for longest."""
         node, _ = self._idle.popitem(last=False)
         assert not node.children, "leaves go first"
         assert node.parent is not None, "the root holds no page"

@@ -14,6 +14,7 @@ from torch.nn import functional
 from xverse.kernels import dispatch
 from xverse.kernels.reference import Norm
 from xverse.kernels.tiles import MOST_ROWS
+from xverse.parallel.tensor import Reduce
 
 
 class Residual(NamedTuple):
@@ -45,9 +46,14 @@ class Products(Protocol):
         """The product of the normalized stream, through SwiGLU if `gated`; and the stream."""
 
     def add(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, stream: Residual
+        self,
+        x_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        stream: Residual,
+        reduce: Reduce | None = None,
     ) -> Residual:
-        """The stream with a product added to it."""
+        """The stream with a product added to it; `reduce`: of the parts that ranks have of it."""
 
 
 class FewRows:
@@ -81,8 +87,15 @@ class FewRows:
         return y_TN, stream
 
     def add(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, stream: Residual
+        self,
+        x_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        stream: Residual,
+        reduce: Reduce | None = None,
     ) -> Residual:
+        if reduce is not None:  # whose kernel adds the stream, and leaves no sums of squares
+            return Residual(reduce(self.multiply(x_TD, weight_ND, bias_N=bias_N), stream.x_TD))
         return Residual(*self.add_rows(x_TD, weight_ND, stream.x_TD, bias_N=bias_N))
 
 
@@ -113,9 +126,15 @@ class ManyRows:
         return self.swiglu_joined(y_TN) if gated else y_TN, Residual(sum_TD)
 
     def add(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, stream: Residual
+        self,
+        x_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        stream: Residual,
+        reduce: Reduce | None = None,
     ) -> Residual:
-        return Residual(stream.x_TD, more_TD=functional.linear(x_TD, weight_ND, bias_N))
+        y_TD = functional.linear(x_TD, weight_ND, bias_N)
+        return Residual(stream.x_TD, more_TD=y_TD if reduce is None else reduce(y_TD))
 
 
 def products(device: torch.device, dtype: torch.dtype, rows: int) -> Products:

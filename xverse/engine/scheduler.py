@@ -178,7 +178,7 @@ class Scheduler:
         if len(self.running) >= self.max_running:
             return None
         # Prompts that are being computed this moment: their twins share the pages a step later.
-        begun = {(g.namespace, g.request.ids) for g in self.running if g.missing > 1}
+        begun = {(g.namespace, g.request.ids) for g in self.running if self._in_the_making(g)}
         free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
         generation = next(free, None)
         if generation is None or generation.pending:
@@ -202,6 +202,13 @@ class Scheduler:
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation
+
+    def _in_the_making(self, generation: Generation) -> bool:
+        """Whether pages of its prompt are still to come into the tree."""
+        if generation.missing > 1:
+            return True
+        settled = len(generation.table.path) if generation.table is not None else 0
+        return self.pages.share and settled < len(generation.request.ids) // self.pages.size
 
     def _preempt(self, generation: Generation) -> None:
         self.preempted += 1

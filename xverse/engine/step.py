@@ -11,7 +11,7 @@ plain reference.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xverse.engine.residual import Residual, products
 from xverse.errors import XverseError
@@ -23,6 +23,7 @@ from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear, StackedLinear
 from xverse.model.norm import RMSNorm
+from xverse.parallel.tensor import Gathered, Reduced
 
 
 class DecodeStep:
@@ -79,11 +80,16 @@ class DecodeStep:
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
             stream = self._block(layer, block, stream)
-        head = stack.embed_tokens if self.decoder.lm_head is None else self.decoder.lm_head
-        wide_VD = self.decoder.wide_head_VD
-        weight_VD = head.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
-        logits, _ = self.products.read(stream, _norm(stack.norm), weight_VD)
-        return logits[:, : self.decoder.shape.vocab_size]
+        return self._logits(stream)
+
+    def _logits(self, stream: Residual) -> Tensor:
+        decoder, head = self.decoder, self.decoder.lm_head
+        own = decoder.model.embed_tokens if head is None else _own(head)
+        wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
+        weight_VD = own.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
+        logits, _ = self.products.read(stream, _norm(decoder.model.norm), weight_VD)
+        logits = logits[:, : len(own.weight)]
+        return head.gather(logits.contiguous()) if isinstance(head, Gathered) else logits
 
     def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
@@ -100,7 +106,7 @@ class DecodeStep:
             self.values[layer],
             self.scales[layer],
         )
-        stream = self.products.add(mixed, attention.o_proj.weight, attention.o_proj.bias, stream)
+        stream = self._add(attention.o_proj, mixed, stream)
         norm = _norm(block.post_attention_layernorm)
         if isinstance(mlp, MixtureOfExperts):
             more_TD = stream.more_TD
@@ -109,14 +115,19 @@ class DecodeStep:
         assert isinstance(mlp, FusedFeedForward)
         project = mlp.gate_up_proj
         inner, stream = self.products.read(stream, norm, project.weight, project.bias, gated=True)
-        return self.products.add(inner, mlp.down_proj.weight, mlp.down_proj.bias, stream)
+        return self._add(mlp.down_proj, inner, stream)
+
+    def _add(self, linear: nn.Module, x_TD: Tensor, stream: Residual) -> Residual:
+        """The stream and what a layer adds to it, over all ranks where it is spread over some."""
+        own, reduce = _own(linear), linear.reduce if isinstance(linear, Reduced) else None
+        return self.products.add(x_TD, own.weight, own.bias, stream, reduce)
 
     def _experts(self, mlp: MixtureOfExperts, x_TD: Tensor, norm: Norm) -> Tensor:
         shared = mlp.shared_experts
         gate_up_ND, down_DF = None, None
         if shared is not None:
             assert isinstance(shared, FusedFeedForward)
-            gate_up_ND, down_DF = shared.gate_up_proj.weight, shared.down_proj.weight
+            gate_up_ND, down_DF = shared.gate_up_proj.weight, _own(shared.down_proj).weight
         stacks = mlp.experts.stacks()
         return self.mix(
             x_TD, Mixture(mlp.router.weight, stacks, gate_up_ND, down_DF, mlp.top_k), norm
@@ -142,7 +153,8 @@ class DecodeStep:
                 self()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: NCCL's watchdog asks for its events meanwhile, on another.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self()
             if then is not None:
                 then(logits)
@@ -161,6 +173,8 @@ def unfit(decoder: Decoder) -> str:
         return "Its rotary frequencies change with the length of the sequence."
     for block in decoder.model.layers:
         attention, mlp = block.self_attn, block.mlp
+        if isinstance(mlp, Reduced):
+            return "Its experts are spread over devices, and the fused mixture is that of one."
         linears = [*mlp.experts.children()] if isinstance(mlp, MixtureOfExperts) else []
         dense = mlp.shared_experts if isinstance(mlp, MixtureOfExperts) else mlp
         if isinstance(dense, FusedFeedForward):
@@ -170,9 +184,20 @@ def unfit(decoder: Decoder) -> str:
         if not isinstance(attention, FusedAttention):
             return "Its projections are apart; `fuse` joins them."
         linears += [attention.qkv_proj, attention.o_proj]
-        if not all(type(linear) in (Linear, StackedLinear) for linear in linears):
+        if not all(type(linear) in (Linear, StackedLinear) for linear in map(_part, linears)):
             return "Its weights are quantized, and the fused step reads them as they are."
     return ""
+
+
+def _part(module: nn.Module) -> nn.Module:
+    """This rank's layer, where it is one of several."""
+    return module.part if isinstance(module, Reduced | Gathered) else module
+
+
+def _own(module: nn.Module) -> Linear:
+    part = _part(module)
+    assert isinstance(part, Linear), "`unfit` has looked"
+    return part
 
 
 def _norm(norm: RMSNorm) -> Norm:

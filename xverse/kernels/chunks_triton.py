@@ -170,9 +170,11 @@ def _attend_chunks(
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first: a short tail
     kv_head = head // (HEADS // KV_HEADS)
-    number = tl.arange(0, BLOCK_B)
-    starts = tl.load(offsets_ptr + number, number <= sequences, 0) // BLOCK_T + number
-    sequence = tl.sum(((starts <= tile) & (number <= sequences)).to(tl.int32), 0) - 1
+    sequence = sequences * 0 - 1
+    for base in tl.range(0, sequences + 1, BLOCK_B):
+        number = base + tl.arange(0, BLOCK_B)
+        starts = tl.load(offsets_ptr + number, number <= sequences, 0) // BLOCK_T + number
+        sequence += tl.sum(((starts <= tile) & (number <= sequences)).to(tl.int32), 0)
     start = tl.load(offsets_ptr + sequence)
     stop = rows
     if sequence < sequences:
@@ -272,7 +274,7 @@ def attend_chunks(
         held_B, out, rows, sequences, tables_BP.stride(0),
         *keys_PKSE.stride()[:3], *key_scales.stride()[:2], size**-0.5 * math.log2(math.e),
         HEADS=heads, KV_HEADS=kv_heads, E=size, PAGE=page_size,
-        BLOCK_B=max(64, triton.next_power_of_2(sequences + 1)),
+        BLOCK_B=64,
         BLOCK_T=cut.rows, BLOCK_S=cut.block, BLOCK_E=triton.next_power_of_2(size),
         STAGES=cut.stages, FP8=scales is not None,
         num_warps=cut.warps, maxnreg=cut.registers,

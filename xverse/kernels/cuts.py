@@ -47,7 +47,7 @@ def choose_cut(tokens: int, heads: int, kv_heads: int, *, fp8: bool) -> Cut:
         return Cut(block=32, parts=4, least=512, stages=4 if fp8 else 3)
     # Among few sequences one that is long would be waited for; among many its programs start
     # beside others, and those that find nothing to do cost 2 to 5 %.
-    parts, least = (8, 2048) if tokens < 32 else (1, 64)
+    parts, least = (2, 4096) if tokens < 32 else (1, 64)
     registers = 80 if fp8 else None
     return Cut(32, parts=parts, least=least, stages=3, dots=False, registers=registers)
 

@@ -221,6 +221,42 @@ def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> 
     )
 
 
+def add_parts(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What adds the parts of several ranks: a function with an `Exchange` as second argument, or
+    `reference.add_parts`, for which PyTorch's collectives must have brought them together."""
+    operation = "sums over ranks"
+    why_not = _why_no_triton(device, dtype) or _why_no_links()
+    if why_not:
+        by = "NCCL" if device.type == "cuda" else "the reference, parts gathered by gloo"
+        return Choice(operation, by, why_not, reference.add_parts)
+    from xverse.kernels import allreduce_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        f"Triton through shared memory up to {allreduce_triton.REDUCED_ROWS} rows, NCCL above",
+        "one way over the link instead of NCCL's several",
+        partial(allreduce_triton.add_parts, pdl=pdl),
+    )
+
+
+def gather_columns(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What puts the logits of several ranks side by side; as `add_parts`."""
+    added = add_parts(device, dtype)
+    operation = "gathers over ranks"
+    if added.call is reference.add_parts:
+        return Choice(operation, added.implementation, added.reason, reference.gather_columns)
+    from xverse.kernels import allreduce_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        f"Triton through shared memory up to {allreduce_triton.GATHERED_ROWS} rows, NCCL above",
+        added.reason,
+        partial(allreduce_triton.gather_columns, pdl=pdl),
+    )
+
+
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
     attention = (rotate_store_attend, rotate_store, attend_chunks)
@@ -237,6 +273,8 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         *(choice(device) for choice in choosing),
         mixture_rows(device, dtype),
         mix_experts(device, dtype),
+        add_parts(device, dtype),
+        gather_columns(device, dtype),
     ]
 
 
@@ -306,6 +344,16 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = Fals
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is not among bfloat16 and float16"
     return ""
+
+
+def _why_no_links() -> str:
+    """Why the GPUs of this machine cannot write into each other's memory; empty where they can."""
+    gpus = range(torch.cuda.device_count())
+    if len(gpus) < 2:
+        return "this machine has one GPU"
+    pairs = ((one, other) for one in gpus for other in gpus if one != other)
+    apart = next((p for p in pairs if not torch.cuda.can_device_access_peer(*p)), None)
+    return "" if apart is None else f"GPU {apart[0]} cannot reach the memory of GPU {apart[1]}"
 
 
 @lru_cache(maxsize=1)

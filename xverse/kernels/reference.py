@@ -273,6 +273,21 @@ def rotate_store_attend(
     return attend_pages(q_THE, keys_PKSE, values_PKSE, pages_TP, positions_T + 1, scales).flatten(1)
 
 
+def add_parts(parts_NTD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+    """What N ranks computed, added: in fp32 and in the order of the ranks, so that all of them get
+    the same bits; rounded to the parts' dtype, and the residual added after that. -> [T, D]."""
+    total = parts_NTD[0].float()
+    for part in parts_NTD[1:]:
+        total = total + part.float()
+    y_TD = total.to(parts_NTD.dtype)
+    return y_TD if residual_TD is None else residual_TD + y_TD
+
+
+def gather_columns(parts_NTC: Tensor, columns: int) -> Tensor:
+    """The columns of N ranks side by side, as far as there are any. -> [T, columns]."""
+    return torch.cat(list(parts_NTC), dim=1)[:, :columns]
+
+
 def route(x_TD: Tensor, router_XD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The published XVERSE router: which experts, and how much of each.
 

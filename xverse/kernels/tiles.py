@@ -58,12 +58,12 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
     k, v of 7B 3,700 and 3,550; output 3,050 and 2,920; gate and up 3,880 and 3,310; down 3,550 and
     3,450; head 4,320 and 4,120. Narrow outputs are split along the inputs.
     """
-    programs = -(-outputs // 64)
+    splits = 2 if outputs <= 132 * 64 and inputs >= 1024 else 1
     return RowsTile(
         outputs=64,
         inputs=128 if inputs >= 128 else 64,
-        stages=3 if gated else 4,
-        splits=2 if programs <= 132 and inputs >= 1024 else 1,
+        stages=3 if gated else 5 if splits > 1 else 4,
+        splits=splits,
         early=False,
     )
 

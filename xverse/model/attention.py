@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k_proj = Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = Linear(self.heads * self.head_dim, hidden, bias=bias)
+        self.o_proj: nn.Module = Linear(self.heads * self.head_dim, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
         split = (-1, self.head_dim)

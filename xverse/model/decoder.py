@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.shape = shape
         self.rope = Rope(shape)
         self.model = Stack(shape)
-        self.lm_head = (
+        self.lm_head: nn.Module | None = (
             None if shape.tie_word_embeddings else Linear(shape.hidden_size, shape.vocab_size)
         )
         # The head's weight in a memory of more rows, of which the last are zero; see `fuse`.
@@ -89,8 +89,9 @@ class Decoder(nn.Module):
         """Scores of every vocabulary entry, [T, V], in x's dtype."""
         if self.wide_head_VD is not None:
             return multiply.linear(x_TD, self.wide_head_VD)[:, : self.shape.vocab_size]
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return multiply.linear(x_TD, head.weight)
+        if self.lm_head is not None:
+            return self.lm_head(x_TD)
+        return multiply.linear(x_TD, self.model.embed_tokens.weight)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = Linear(hidden, width, bias=bias)
         self.up_proj = Linear(hidden, width, bias=bias)
-        self.down_proj = Linear(width, hidden, bias=bias)
+        self.down_proj: nn.Module = Linear(width, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))

@@ -8,6 +8,7 @@ from xverse.model.attention import Attention
 from xverse.model.cache import KV
 from xverse.model.decoder import Decoder
 from xverse.model.feedforward import FeedForward, MixtureOfExperts
+from xverse.model.linear import Linear
 
 
 class FusedAttention(nn.Module):
@@ -58,6 +59,8 @@ def fuse(decoder: Decoder) -> Decoder:
             if isinstance(shared, FeedForward):
                 block.mlp.shared_experts = FusedFeedForward(shared)
     head = decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    if not isinstance(head, Linear | nn.Embedding):
+        return decoder  # parts on several devices are joined there, each of which came here alone
     if head.weight.is_cuda and decoder.wide_head_VD is None:
         _widen(decoder, head)
     return decoder
@@ -66,10 +69,9 @@ def fuse(decoder: Decoder) -> Decoder:
 HEAD_ROWS = 128  # cuBLAS is 2.7 times as fast with 100,608 outputs as with 100,534 (1,024 tokens)
 
 
-def _widen(decoder: Decoder, head: nn.Module) -> None:
+def _widen(decoder: Decoder, head: Linear | nn.Embedding) -> None:
     """Rows of zeros below the head, whose own weight becomes a part of the wider one."""
     weight_VD = head.weight
-    assert isinstance(weight_VD, Tensor)
     rows = -(-len(weight_VD) // HEAD_ROWS) * HEAD_ROWS
     wide_VD = weight_VD.new_zeros(rows, weight_VD.shape[1])
     wide_VD[: len(weight_VD)] = weight_VD

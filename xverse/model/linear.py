@@ -1,6 +1,5 @@
 """D -> N. The linear layer of every block, and its stack for experts."""
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -18,14 +17,35 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """The layer of these frozen numbers."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return made
+
+    @classmethod
     def join(cls, *parts: Self) -> Self:
         """One layer whose outputs are those of the parts, one after another."""
-        joined = cls.__new__(cls)
-        nn.Module.__init__(joined)
-        joined.weight = _frozen([part.weight for part in parts])
-        biases = [part.bias for part in parts if part.bias is not None]
-        joined.bias = _frozen(biases) if biases else None
-        return joined
+        biases = [part.bias.data for part in parts if part.bias is not None]
+        return cls.of(
+            torch.cat([part.weight.data for part in parts]), torch.cat(biases) if biases else None
+        )
+
+    def keep_outputs(self, first: int, last: int, of: int) -> Self:
+        """The layer of units first..last alone, of `of` equal ones that its outputs are made of.
+        A view of these weights."""
+        kept = span(self.weight.shape[0], first, last, of)
+        bias = None if self.bias is None else self.bias.data[kept]
+        return self.of(self.weight.data[kept], bias)
+
+    def keep_inputs(self, first: int, last: int, of: int) -> Self:
+        """What units first..last of the inputs add to every output; the bias goes with the first.
+        A view of these weights."""
+        kept = span(self.weight.shape[1], first, last, of)
+        bias = None if self.bias is None or first else self.bias.data
+        return self.of(self.weight.data[:, kept], bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return multiply.linear(x_TD, self.weight, self.bias)
@@ -38,9 +58,27 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
 
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """The stack of these frozen numbers."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        return made
+
+    def keep_outputs(self, first: int, last: int, of: int) -> Self:
+        """As `Linear.keep_outputs`, of every expert."""
+        return self.of(self.weight.data[:, span(self.weight.shape[1], first, last, of)])
+
+    def keep_inputs(self, first: int, last: int, of: int) -> Self:
+        """As `Linear.keep_inputs`, of every expert."""
+        return self.of(self.weight.data[:, :, span(self.weight.shape[2], first, last, of)])
+
     def forward(self, x_TD: Tensor, expert: int) -> Tensor:
         return multiply.linear(x_TD, self.weight[expert])
 
 
-def _frozen(parts: Sequence[nn.Parameter]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([part.data for part in parts]), requires_grad=False)
+def span(size: int, first: int, last: int, of: int) -> slice:
+    """Where units first..last are, of the `of` equal ones that `size` elements are made of."""
+    assert size % of == 0, f"{size} elements are not {of} equal units"
+    return slice(first * (size // of), last * (size // of))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xverse.model.linear import Linear, StackedLinear
+from xverse.errors import XverseError
+from xverse.model.linear import Linear, StackedLinear, span
 from xverse.quant.scheme import Scheme
 
 
@@ -50,6 +51,26 @@ class QuantizedLinear(nn.Module):
             torch.cat(biases) if biases else None,
             parts[0].scheme,
         )
+
+    def keep_outputs(self, first: int, last: int, of: int) -> Self:
+        """As `Linear.keep_outputs`."""
+        kept = span(self.scale.shape[-1], first, last, of)
+        bias = None if self.bias is None else self.bias.data[kept]
+        return type(self)(self.weight[..., kept, :], self.scale[..., kept], bias, self.scheme)
+
+    def keep_inputs(self, first: int, last: int, of: int) -> Self:
+        """As `Linear.keep_inputs`."""
+        per_byte = 8 // self.scheme.bits
+        kept = span(self.weight.shape[-1] * per_byte, first, last, of)
+        if kept.start % per_byte or kept.stop % per_byte:
+            raise XverseError(
+                f"A layer of {self.scheme.bits} bits cannot be cut at input {kept.stop}.",
+                "Two of its weights share a byte.",
+                "Spread the model over fewer devices, or quantize it to 8 bits.",
+            )
+        bias = None if self.bias is None or first else self.bias.data
+        weight = self.weight[..., kept.start // per_byte : kept.stop // per_byte]
+        return type(self)(weight, self.scale, bias, self.scheme)
 
     def integers(self) -> Tensor:
         """The weight as int8 [..., N, D]."""

@@ -1,6 +1,7 @@
 """MODEL -> SMALLER MODEL. Put quantized layers in the place of the linear ones."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import nn
 
@@ -18,12 +19,26 @@ def quantize(decoder: Decoder, bits: int) -> Decoder:
     """
     scheme = Scheme(bits)
     if any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
-        raise XverseError(
-            "This model is quantized already.",
-            "Rounding rounded weights again would only lose more.",
-            "Load the unquantized checkpoint and quantize that.",
-        )
+        raise _quantized_already()
     return replace_linears(decoder, lambda layer: QuantizedLinear.of(layer, scheme))
+
+
+def quantize_module(name: str, module: nn.Module, bits: int) -> nn.Module:
+    """What `quantize` makes of the module `name` of a decoder; for one that is being loaded."""
+    if isinstance(module, QuantizedLinear):
+        raise _quantized_already()
+    linear = isinstance(module, Linear | StackedLinear) and name.startswith("model.layers.")
+    if not linear or name.endswith(".router"):
+        return module
+    return QuantizedLinear.of(cast(Linear | StackedLinear, module), Scheme(bits))
+
+
+def _quantized_already() -> XverseError:
+    return XverseError(
+        "This model is quantized already.",
+        "Rounding rounded weights again would only lose more.",
+        "Load the unquantized checkpoint and quantize that.",
+    )
 
 
 def replace_linears(

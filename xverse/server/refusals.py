@@ -1,4 +1,4 @@
-"""NO -> HTTP. What cannot be answered, as OpenAI says it: {"error": {message, type, param, code}}."""
+"""NO -> HTTP. What cannot be answered, as OpenAI says it: {"error": {message, type, ...}}."""
 
 from typing import Any
 

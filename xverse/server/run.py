@@ -181,10 +181,13 @@ class _Quiet(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; XverseError where it cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        ear = socket.socket(family, kind)
+        ear = socket.socket(family, kind, protocol)
+        # Else the second of two small writes, the body after the headers, waits 40 ms for the
+        # other side's word; asyncio only does this where the protocol is named.
+        ear.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ear.bind(address)
         ear.listen(2048)

@@ -11,6 +11,7 @@ MAX_PROMPTS = 128
 MAX_TOOLS = 128
 MAX_CHOICES = 128  # the ceiling; a server's own limit is --max-choices
 INT64 = 2**63
+LEAST_TEMPERATURE = 1e-6
 
 
 class Strict(BaseModel):
@@ -27,6 +28,13 @@ def _bias(bias: dict[str, float]) -> dict[str, float]:
         if not -100 <= value <= 100:
             raise ValueError("a bias is a number from -100 to 100")
     return bias
+
+
+def _heat(temperature: float) -> float:
+    """Logits divided by less than this are no numbers any more."""
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"above 0 it is at least {LEAST_TEMPERATURE}; 0 takes the likeliest")
+    return temperature
 
 
 Name = Annotated[str, Field(max_length=200)]
@@ -47,7 +55,7 @@ class SamplingFields(Strict):
     top_k, min_p, repetition_penalty, min_tokens, ignore_eos and stop_token_ids are not OpenAI's.
     """
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_heat)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

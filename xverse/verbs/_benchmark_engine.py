@@ -16,6 +16,7 @@ from xverse.verbs._options import ModelOptions
 if TYPE_CHECKING:
     from xverse.engine.agree import Agreement
     from xverse.engine.engine import Engine
+    from xverse.engine.spread import SpreadEngine
     from xverse.model.decoder import Decoder
     from xverse.model.shape import ModelShape
     from xverse.verbs._peers import Subject
@@ -77,7 +78,7 @@ def is_quantized(path: Path | None, random_weights: bool) -> bool:
     return open_checkpoint(path).config.get("quantization_config") is not None
 
 
-def open_engine(config: "SubjectOptions", subject: "Subject") -> "Engine":
+def open_engine(config: "SubjectOptions", subject: "Subject") -> "Engine | SpreadEngine":
     """The engine as `LLM` has it, with room for as many at once as are asked for."""
     from xverse.engine.engine import Engine, EngineOptions
 
@@ -88,13 +89,14 @@ def open_engine(config: "SubjectOptions", subject: "Subject") -> "Engine":
     return Engine(decoder, options=EngineOptions(**options))
 
 
-def check(engine: "Engine", config: "SubjectOptions") -> "Agreement | None":
+def check(engine: "Engine | SpreadEngine", config: "SubjectOptions") -> "Agreement | None":
     """The engine's greedy ids beside the plain decoder's; None where the model is on several GPUs,
     on which the plain decoder does not run."""
     from xverse.engine.agree import ROUNDING_STEPS, compare
+    from xverse.engine.engine import Engine
     from xverse.engine.workload import make_requests
 
-    if config.tensor_parallel != 1:
+    if not isinstance(engine, Engine):
         return None
     shape = engine.decoder.shape
     tokens = min(CHECKED_TOKENS, shape.context_length // 2)
@@ -142,7 +144,7 @@ def _engine_options(config: "SubjectOptions", subject: "Subject") -> dict[str, A
     return options
 
 
-def _open_parallel(config: "SubjectOptions") -> "Engine":
+def _open_parallel(config: "SubjectOptions") -> "Engine | SpreadEngine":
     from xverse.engine.llm import LLM
 
     known = inspect.signature(LLM).parameters

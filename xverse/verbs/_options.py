@@ -21,6 +21,8 @@ class ModelOptions:
 
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """fp8 keeps keys and values in 8 bits: twice the conversations in the same memory."""
+    tensor_parallel: int = 1
+    """Spread the model over this many GPUs."""
 
     def load(self, model: str) -> "LLM":
         """The model, ready to answer."""
@@ -32,6 +34,7 @@ class ModelOptions:
             device=self.device,
             quantize=self.quantize,
             kv_dtype=self.kv_dtype,
+            tensor_parallel=self.tensor_parallel,
         )
 
 

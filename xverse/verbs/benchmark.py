@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from xverse.engine.agree import Agreement
     from xverse.engine.engine import Engine
     from xverse.engine.measure import Measured, Steps
+    from xverse.engine.spread import SpreadEngine
     from xverse.verbs._benchmark_report import Runs
 
 LIBRARIES = ("torch", "triton", "transformers", "vllm", "llama-cpp-python")
@@ -208,7 +209,7 @@ def _facts(
     config: Config,
     subject: Subject,
     plan: Plan,
-    engine: "Engine",
+    engine: "Engine | SpreadEngine",
     agreement: "Agreement | None",
 ) -> dict[str, Any]:
     """What the report says before any figure."""

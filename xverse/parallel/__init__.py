@@ -1,0 +1,1 @@
+"""MODEL -> DEVICES. One model on several devices, cut from outside; it does not know of it."""
