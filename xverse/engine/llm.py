@@ -166,9 +166,13 @@ class LLM:
             for id, logprob in zip(ids[1:], scores.logprobs, strict=True)
         ]
 
-    def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[Piece]:
-        """Continue a text, piece by piece; the pieces' texts join to what `generate` gives."""
-        yield from self._pieces(self.tokenizer.encode(prompt), sampling)
+    def stream(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None
+    ) -> Iterator[Piece]:
+        """Continue a text, or ids as `encode_chat` gives them, piece by piece; the pieces' texts
+        join to what `generate` gives."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        yield from self._pieces(ids, sampling)
 
     def chat(
         self,
