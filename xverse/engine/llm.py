@@ -1,6 +1,6 @@
 """WORDS -> WORDS. `LLM`: a model in this process, asked with text or with messages."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +168,7 @@ class LLM:
 
     def stream(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Continue a text, or ids as `encode_chat` gives them, piece by piece; the pieces' texts
         join to what `generate` gives."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -197,7 +197,7 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """`chat`, piece by piece; function calls stay in the text (`ToolStream` parses them)."""
         _refuse_echo(sampling)
         yield from self._pieces(self.encode_chat(messages, sampling, tools=tools).ids, sampling)
@@ -267,7 +267,7 @@ class LLM:
             pass
         return [output.answer() for output in outputs]
 
-    def _pieces(self, ids: list[int], sampling: Sampling | None) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], sampling: Sampling | None) -> Generator[Piece, None, None]:
         outputs = [self._output(ids, sampling)]
         with closing(self._run([ids], [sampling], outputs)) as pieces:
             yield from pieces

@@ -85,7 +85,7 @@ class XVERSE_LLM(BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         pieces = self._model.chat_stream(_said(prompt), self._sampling(stop, kwargs))
-        with closing(pieces):  # type: ignore[type-var]
+        with closing(pieces):
             for piece in pieces:
                 chunk = GenerationChunk(text=piece.text)
                 if run_manager is not None:
