@@ -16,6 +16,7 @@ from xverse.engine.engine import Engine, EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.runner import PlainRunner
 from xverse.engine.simple import decode
+from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 
 
@@ -166,6 +167,13 @@ def test_out_of_memory_sheds_who_came_last(monkeypatch: pytest.MonkeyPatch, over
     assert [o.id for o in found[first]] == plain_answer((1, 2, 3), 8)  # type: ignore[attr-defined]
     assert not it.busy
     assert it.pages.available == it.pages.count
+
+
+def test_an_unknown_id_in_logit_bias_is_refused_at_once() -> None:
+    it = engine()
+    with pytest.raises(XverseError, match=f"no token {VOCAB}"):
+        it.add(Request((1, 2), Sampling(logit_bias={VOCAB: 1.0}).over({"max_new_tokens": 3})))
+    assert not it.busy
 
 
 def test_one_row_that_is_no_number_fails_alone() -> None:

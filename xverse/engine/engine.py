@@ -23,7 +23,7 @@ from xverse.engine.paged import Paged
 from xverse.engine.pages import Pages
 from xverse.engine.request import Failed, Finish, Request, Scores, Token
 from xverse.engine.runner import Choice, Chosen, Flight, PlainRunner, Runner
-from xverse.engine.sampler import Sampler, not_a_number
+from xverse.engine.sampler import Sampler, not_a_number, refuse_unknown
 from xverse.engine.scheduler import Chunk, Generation, Scheduler
 from xverse.engine.speculate import Speculation
 from xverse.errors import XverseError
@@ -197,6 +197,8 @@ class Engine:
             )
         number, sampling = self._next, request.sampling
         sampler = Sampler(sampling, self.end_ids) if sampling and request.answers else None
+        if sampler is not None:
+            refuse_unknown(sampler.additions(0), known)
         generation = Generation(
             number, request, sampler, self._namespace(request), list(request.ids)
         )
