@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,6 @@ class OverHttp:
             "timeout": timeout_s,
         }
         self._max_retries = max_retries
-        self._client = httpx.Client(**self._options)
         # A client belongs to the event loop that it is first used in.
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]
         self._clients = WeakKeyDictionary()
@@ -118,6 +118,11 @@ class OverHttp:
             if pause is None or attempt == self._max_retries:
                 raise error
             await asyncio.sleep(pause or _backoff(attempt))
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        """Made when it is first needed: reading the certificates takes 30 ms."""
+        return httpx.Client(**self._options)
 
     def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
