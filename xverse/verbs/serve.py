@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,8 @@ from xverse.errors import XverseError
 from xverse.verbs._options import ModelOptions
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from xverse.server.messages import Ready
     from xverse.server.options import ServeOptions
     from xverse.server.run import Listening, Mount
@@ -107,7 +108,7 @@ def run(config: Config) -> int:
     from xverse.server.run import serve
 
     options = config.options()
-    mount = _pages() if config.web else None
+    mount = _pages(options) if config.web else None
     if options.public and not options.keys:
         print(
             f"warning: {options.host} can be reached from other machines, and no key is asked for.",
@@ -158,12 +159,23 @@ def _require(*packages: str) -> None:
         )
 
 
-def _pages() -> "Mount":
-    if find_spec("xverse.web") is None or find_spec("gradio") is None:
+def _pages(options: "ServeOptions") -> "Mount":
+    if options.keys:
+        raise XverseError(
+            "The web pages cannot be served where a key is asked for.",
+            "A browser that opens a page sends no key.",
+            "Leave --web out, and run beside it: xverse web --url URL --api-key KEY",
+        )
+    if find_spec("gradio") is None:
         raise XverseError(
             "There are no web pages here.",
             "They need Gradio, which the base installation leaves out.",
             'Install it with: pip install "xverse-llm[web]", or leave --web out.',
         )
-    mount: Mount = import_module("xverse.web").mount
-    return mount
+    from xverse.web.http_client import OverHttp
+    from xverse.web.site import mount
+
+    def pages(app: "FastAPI", url: str) -> None:
+        mount(app, OverHttp(f"{url}/v1", options.name, starting=True))
+
+    return pages

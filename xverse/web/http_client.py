@@ -22,16 +22,23 @@ class OverHttp:
     """The client of a server at `url` (such as http://127.0.0.1:8000/v1), and of one model of it.
 
     Without `model` it is the first that the server lists. Raises XverseError where there is none.
+    With `starting` the server is not asked yet: it is about to start, and serves `model`.
     """
 
     def __init__(
-        self, url: str, model: str | None = None, key: str | None = None, title: str | None = None
+        self,
+        url: str,
+        model: str | None = None,
+        key: str | None = None,
+        title: str | None = None,
+        *,
+        starting: bool = False,
     ) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # trust_env: a proxy of the environment is for the world, and this is a server of ours.
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT, trust_env=False)
         self._url = url.rstrip("/")
-        entry = self._listed(model)
+        entry = {"id": model} if starting else self._listed(model)
         self.model = str(entry["id"])
         self.title = title or self.model.rstrip("/").rsplit("/", 1)[-1]
         length = entry.get("max_model_len")

@@ -65,7 +65,7 @@ class InProcess:
         reply = _Reply(form, bool(tools), question.parallel_tool_calls is not False)
         end = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         tokens = 0
-        with closing(llm.stream(prompt, sampling)) as pieces:  # type: ignore[type-var]
+        with closing(llm.stream(prompt, sampling)) as pieces:
             for piece in pieces:
                 tokens += len(piece.tokens)
                 delta = reply.hear(piece.text, piece.finish, Usage(len(prompt), tokens))
