@@ -14,7 +14,7 @@ from bench.record import ROOT, record
 from xverse import LLM, Sampling
 from xverse.engine.request import Logprob
 
-WINDOW, WINDOWS = 1024, 24
+WINDOW, WINDOWS = 512, 16
 SCORED = Sampling(max_tokens=0, prompt_logprobs=1, temperature=0.0)
 
 
