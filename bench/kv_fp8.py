@@ -1,4 +1,4 @@
-"""WHAT DO KEYS AND VALUES IN FP8 COST? SmolLM2 in bf16 over real text, beside bf16 KV.
+"""WHAT DO KEYS AND VALUES IN FP8 COST? SmolLM2 in bf16 over real text, beside it with bf16 KV.
 
 `python -m bench.kv_fp8 [FILE ...]`: the texts, by default what lies in this repository. Of every
 token after the first in a window: its log-probability, and the best id. Perplexity is the

@@ -45,7 +45,8 @@ def test_front_door() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "show"]
+    "verb",
+    ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "serve", "show", "web"],
 )
 def test_help_needs_no_torch(verb: str) -> None:
     code = (

@@ -62,28 +62,38 @@ Keep = Callable[[ModelShape, str, nn.Module], nn.Module]
 
 
 def load(
-    model: str | Path, *, dtype: str = "auto", device: str = "auto", keep: Keep | None = None
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: str | Path | None = None,
+    keep: Keep | None = None,
 ) -> Model:
     """Load `model` (folder, GGUF file, alias, hub id) ready to run, its weights frozen.
 
-    dtype "auto" is the one the folder names, as far as the device computes in it. With `keep`
-    every module is exchanged for what that gives as soon as it is filled, so that the device never
-    holds more of the whole model than one module. Nothing in the folder is executed. Raises
+    `tokenizer` names another folder to take the tokenizer from. dtype "auto" is the one the folder
+    names, as far as the device computes in it. With `keep` every module is exchanged for what that
+    gives as soon as it is filled, so that the device never holds more of the whole model than one
+    module. Nothing in the folder is executed. Raises
     XverseError for anything missing, damaged or of another kind.
     """
     place = devices.pick_device(device)
     path, title = resolve(model), title_of(model)
-    tokenizer: Tokenizer
     weights: Weights
     if _is_gguf(path):
         file = gguf.GgufFile.open(path)
-        checkpoint = _gguf_checkpoint(file, path, title)
-        tokenizer, weights = gguf_tokenizer.tokenizer_of(file), gguf.GgufWeights(file)
+        checkpoint, weights = _gguf_checkpoint(file, path, title), gguf.GgufWeights(file)
     else:
-        checkpoint = open_checkpoint(path, title)
-        tokenizer, weights = Tokenizer.load(path), open_weights(path)
+        checkpoint, weights = open_checkpoint(path, title), open_weights(path)
+    reads = open_tokenizer(path if tokenizer is None else resolve(tokenizer))
+    if tokenizer is not None and reads.vocab_size > checkpoint.shape.vocab_size:
+        raise XverseError(
+            f"The tokenizer {str(tokenizer)!r} belongs to another model.",
+            f"It has {reads.vocab_size:,} ids, and {title} knows {checkpoint.shape.vocab_size:,}.",
+            "Leave it out: the model's folder has its own.",
+        )
     decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place, keep)
-    return Model(decoder, tokenizer, checkpoint)
+    return Model(decoder, reads, checkpoint)
 
 
 def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
@@ -94,6 +104,13 @@ def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
     folder = ModelFolder.open(path)
     shape = ModelShape.from_config(folder.config)
     return Checkpoint(title, path, shape, folder.config, folder.generation_config)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder or GGUF file; no weights."""
+    if _is_gguf(path):
+        return gguf_tokenizer.tokenizer_of(gguf.GgufFile.open(path))
+    return Tokenizer.load(path)
 
 
 def _gguf_checkpoint(file: gguf.GgufFile, path: Path, title: str) -> Checkpoint:

@@ -1,6 +1,6 @@
 """WORDS -> WORDS. `LLM`: a model in this process, asked with text or with messages."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +29,11 @@ class LLM:
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
     `tensor_parallel` spreads the model over that many GPUs of this machine (or processes, on a
-    CPU), each of which computes a part of every layer. Threads may share an LLM: what they ask for
-    is computed together. On a CPU that changes no bit of an answer; with `deterministic` it never
-    does, and common beginnings are computed once. `speculate` 8 guesses up to 8 tokens at a time
-    from what a text holds already, which is faster where answers repeat their prompts, and changes
-    no answer.
+    CPU), each of which computes a part of every layer. `tokenizer` names another folder to take the
+    tokenizer from. `speculate` 8 guesses up to 8 tokens at a time from what a text holds already,
+    which is faster where answers repeat their prompts, and changes no answer. Threads may share an
+    LLM: what they ask for is computed together. On a CPU that changes no bit of an answer; with
+    `deterministic` it never does, and common beginnings are computed once.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class LLM:
         kv_dtype: Literal["auto", "fp8"] = "auto",
         deterministic: bool = False,
         tensor_parallel: int = 1,
+        tokenizer: str | Path | None = None,
         speculate: int = 0,
     ) -> None:
         options = EngineOptions(
@@ -61,7 +62,7 @@ class LLM:
         self.model: Model
         self.engine: Engine | SpreadEngine
         if tensor_parallel == 1:
-            self.model = load(model, dtype=dtype, device=device)
+            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
             fuse(self.model.decoder)
@@ -70,6 +71,12 @@ class LLM:
                 end_ids=self.model.end_ids,
                 options=options,
                 tokenizer=self.model.tokenizer,
+            )
+        elif tokenizer is not None:
+            raise XverseError(
+                "A model over several devices cannot take another folder's tokenizer.",
+                "Each of its processes reads the one of the model's folder.",
+                "Leave tokenizer or tensor_parallel out.",
             )
         else:
             self.model, self.engine = spread(
@@ -159,9 +166,13 @@ class LLM:
             for id, logprob in zip(ids[1:], scores.logprobs, strict=True)
         ]
 
-    def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[Piece]:
-        """Continue a text, piece by piece; the pieces' texts join to what `generate` gives."""
-        yield from self._pieces(self.tokenizer.encode(prompt), sampling)
+    def stream(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None
+    ) -> Generator[Piece, None, None]:
+        """Continue a text, or ids as `encode_chat` gives them, piece by piece; the pieces' texts
+        join to what `generate` gives."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        yield from self._pieces(ids, sampling)
 
     def chat(
         self,
@@ -186,7 +197,7 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """`chat`, piece by piece; function calls stay in the text (`ToolStream` parses them)."""
         _refuse_echo(sampling)
         yield from self._pieces(self.encode_chat(messages, sampling, tools=tools).ids, sampling)
@@ -256,7 +267,7 @@ class LLM:
             pass
         return [output.answer() for output in outputs]
 
-    def _pieces(self, ids: list[int], sampling: Sampling | None) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], sampling: Sampling | None) -> Generator[Piece, None, None]:
         outputs = [self._output(ids, sampling)]
         with closing(self._run([ids], [sampling], outputs)) as pieces:
             yield from pieces

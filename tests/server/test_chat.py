@@ -1,0 +1,219 @@
+"""Chat completions through the openai package: equal to LLM, streams join, limits are named."""
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.server.inside import Inside
+from xverse import LLM, Sampling
+
+HELLO = [{"role": "user", "content": "Hello"}]
+GREEDY = {
+    "temperature": 0,
+    "max_tokens": 16,
+    "extra_body": {"repetition_penalty": 1.0, "ignore_eos": True},
+}
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, dtype="float32")
+
+
+def test_the_answer_is_that_of_the_model_in_process(client: OpenAI, llm: LLM) -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=16, repetition_penalty=1.0, ignore_eos=True)
+    expected = llm.chat(HELLO, sampling)
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+    assert answer.usage.completion_tokens == 16
+
+
+def test_a_stream_joins_to_the_answer_and_tells_usage_when_asked(client: OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_n_choices_with_a_seed_are_reproducible_and_differ(client: OpenAI) -> None:
+    def ask() -> list[str | None]:
+        answer = client.chat.completions.create(
+            model="tiny", messages=HELLO, n=3, seed=2**63 - 2, max_tokens=12, temperature=1.5
+        )
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        return [choice.message.content for choice in answer.choices]
+
+    first = ask()
+    assert first == ask()
+    assert len(set(first)) == 3
+
+
+def test_logprobs_spell_the_text(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, logprobs=True, top_logprobs=3, **GREEDY
+    )
+    choice = answer.choices[0]
+    assert choice.logprobs is not None
+    content = choice.logprobs.content or []
+    assert 8 < len(content) <= 16  # a special token has no text, and is not told of
+    assert all(len(each.top_logprobs) == 3 for each in content)
+    assert all(each.top_logprobs[0].logprob >= each.logprob for each in content)
+    data = b"".join(bytes(each.bytes or []) for each in content)
+    assert data.decode(errors="replace") == choice.message.content
+
+
+def test_logprobs_end_with_the_text_at_a_stop_string(client: OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    text = whole.choices[0].message.content or ""
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, logprobs=True, stop=[text[4:6]], **GREEDY
+    )
+    choice = answer.choices[0]
+    assert choice.message.content == text[: text.index(text[4:6])]
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    data = b"".join(bytes(each.bytes or []) for each in choice.logprobs.content or [])
+    assert data.decode(errors="replace").startswith(choice.message.content or "")
+    assert len(data) <= len((choice.message.content or "").encode()) + 3
+
+
+def test_logit_bias_and_penalties_reach_the_model(client: OpenAI, server: Inside) -> None:
+    ids = server.running.service.tokenizer.encode("k")
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, logit_bias={str(ids[0]): 100}, **GREEDY
+    )
+    assert answer.choices[0].message.content == "k" * 16
+    spread = client.chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        logit_bias={str(ids[0]): 3},
+        frequency_penalty=2,
+        presence_penalty=2,
+        **GREEDY,
+    )
+    assert (spread.choices[0].message.content or "").count("k") < 8
+
+
+def test_content_parts_join_and_pictures_are_refused(client: OpenAI) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], **GREEDY
+    )
+    assert answer.choices[0].message.content == whole.choices[0].message.content
+    picture = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": picture}]
+        )
+
+
+def test_context_overflow_is_refused_with_counts(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=500)
+    assert caught.value.code == "context_length_exceeded"
+    assert "23 tokens" in caught.value.message
+    assert "256" in caught.value.message
+    long = [{"role": "user", "content": "word " * 200}]
+    with pytest.raises(openai.BadRequestError, match="256") as caught:
+        client.chat.completions.create(model="tiny", messages=long)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_another_model_is_not_found(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=HELLO)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"metadata": {}}, "metadata"),
+        ({"service_tier": "auto"}, "service_tier"),
+        ({"functions": []}, "functions"),
+        ({"temperatur": 1}, "temperatur"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name"),
+    ],
+)
+def test_unknown_fields_are_refused_by_name(
+    http: httpx.Client, more: dict[str, object], param: str
+) -> None:
+    body = {"model": "tiny", "messages": HELLO, **more}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+    assert error["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 2.1},
+        {"temperature": "1"},
+        {"temperature": 1e-300},
+        {"top_p": -0.1},
+        {"n": 0},
+        {"n": 17},
+        {"n": 10**30},
+        {"n": True},
+        {"seed": 2**63},
+        {"stop": ["a"] * 5},
+        {"stop": "x" * 257},
+        {"stop": ""},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"999999": 1}},
+        {"logit_bias": {str(i): 0 for i in range(1025)}},
+        {"top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 21},
+        {"max_tokens": 0},
+        {"max_tokens": 2**31},
+        {"max_tokens": 1, "max_completion_tokens": 1},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": -2.5},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": [10**6]},
+        {"stream_options": {"include_usage": True}},
+        {"messages": []},
+        {"messages": HELLO * 2049},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "wizard", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}] * 129},
+        {"tools": [{"type": "function", "function": {"name": "f"}}] * 2},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tool_choice": "required"},
+        {"model": "m" * 201},
+        {"user": "u" * 257},
+        {"response_format": {"type": "json_schema"}},
+    ],
+    ids=lambda more: str(more)[:40],
+)
+def test_what_is_out_of_bounds_is_refused(http: httpx.Client, more: dict[str, object]) -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **more}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

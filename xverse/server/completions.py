@@ -1,0 +1,163 @@
+"""TEXT -> MORE TEXT. POST /v1/completions: one prompt or many, whole or streamed."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from xverse.engine.request import Finish, Logprob, Piece
+from xverse.server.chat import bounded_choices, usage
+from xverse.server.context import Context
+from xverse.server.logprobs import Spoken, completion_logprobs, token_text
+from xverse.server.refusals import invalid, json_response, unsupported
+from xverse.server.schema import MAX_PROMPTS, CompletionRequest
+from xverse.server.service import Prompt, Service
+from xverse.server.sse import DONE, EventStream, event
+
+
+async def complete(context: Context, asked: CompletionRequest) -> Response:
+    """The prompts continued."""
+    service = context.service
+    prompts = await plan(service, asked, context.max_choices)
+    reply = _Reply(service, asked, prompts)
+    if asked.stream:
+        return EventStream(reply.events(context))
+    return json_response(await context.attend(reply.whole(context)))
+
+
+async def plan(service: Service, asked: CompletionRequest, max_choices: int) -> list[Prompt]:
+    """What the engine is to do, choice by choice; Refusal for what cannot be done."""
+    service.require_model(asked.model)
+    choices = bounded_choices(asked.n, max_choices)
+    if asked.best_of not in (None, choices):
+        raise unsupported("best_of", "every choice that is computed is given out; leave it out.")
+    if asked.stream_options is not None and not asked.stream:
+        raise invalid("stream_options are for streams.", "stream_options")
+    if asked.max_tokens == 0 and not (asked.echo or asked.logprobs is not None):
+        raise invalid("max_tokens 0 asks for nothing, unless with echo or logprobs.", "max_tokens")
+    texts: list[Any] = [asked.prompt] if isinstance(asked.prompt, str) else [*asked.prompt]
+    if texts and isinstance(texts[0], int):
+        texts = [texts]
+    if len(texts) * choices > MAX_PROMPTS:
+        raise invalid(f"There may be {MAX_PROMPTS} choices in all.", "n")
+    sampling = asked.sampling(
+        max_tokens=asked.max_tokens,
+        echo=bool(asked.echo),
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.logprobs if asked.echo else None,
+    )
+    prompts: list[Prompt] = []
+    for text in texts:
+        ids = await service.encode(text) if isinstance(text, str) else text
+        prompts += service.choices(service.prompt(ids, sampling, "max_tokens"), choices)
+    return prompts
+
+
+@dataclass
+class _Choice:
+    """One choice in the making: what has come of it, and how far its text has got."""
+
+    spoken: Spoken
+    offset: int = 0
+    tokens: int = 0
+    text: str = ""
+    finish: Finish | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+
+
+class _Reply:
+    """The JSON of one answer, in chunks or in one."""
+
+    def __init__(
+        self, service: Service, asked: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> None:
+        self._service, self._asked, self._prompts = service, asked, prompts
+        tokenizer = service.tokenizer
+        self._choices = [
+            # With echo the prompt's beginning has lost its space already.
+            _Choice(
+                Spoken(tokenizer.special_ids, tokenizer.strips_leading_space and not asked.echo)
+            )
+            for _ in prompts
+        ]
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+
+    async def whole(self, context: Context) -> dict[str, Any]:
+        """The answer in one."""
+        pieces = self._service.pieces(context.tenant, self._prompts, context.facts)
+        async for batch in pieces:
+            for place, piece in batch:
+                self._hear(place, piece)
+        choices = []
+        for place, choice in enumerate(self._choices):
+            shared = self._choices[place - place % (self._asked.n or 1)]
+            prompt_logprobs = shared.prompt_logprobs  # one computed them for all its like
+            logprobs = self._logprobs(place, choice.logprobs, prompt_logprobs, 0)
+            choices.append(self._json(place, choice.text, choice.finish, logprobs))
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def events(self, context: Context) -> AsyncGenerator[bytes, None]:
+        """The answer in chunks, as they become final."""
+        options = self._asked.stream_options
+        with_usage = bool(options and options.include_usage)
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        found = self._service.pieces(context.tenant, self._prompts, context.facts)
+        async with aclosing(found):
+            async for batch in found:
+                chunk = b""
+                for place, piece in batch:
+                    choice = self._choices[place]
+                    offset = len(choice.text)
+                    mine = self._hear(place, piece)
+                    logprobs = self._logprobs(place, mine, piece.prompt_logprobs, offset)
+                    content = self._json(place, piece.text, piece.finish, logprobs)
+                    chunk += event({**self._head, "choices": [content], **more})
+                yield chunk
+        if with_usage:
+            yield event({**self._head, "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _hear(self, place: int, piece: Piece) -> list[Logprob]:
+        """Take a piece in; the log-probabilities that belong to its text."""
+        choice = self._choices[place]
+        mine = choice.spoken.take(piece.text, piece.logprobs, last=piece.finish is not None)
+        choice.text += piece.text
+        choice.tokens += len(piece.tokens)
+        choice.finish = piece.finish
+        choice.logprobs += mine
+        choice.prompt_logprobs += piece.prompt_logprobs
+        return mine
+
+    def _logprobs(
+        self, place: int, mine: Sequence[Logprob], prompt: Sequence[Logprob], offset: int
+    ) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
+            return None
+        first = None
+        if self._asked.echo and offset == 0:
+            first = token_text(self._service.tokenizer.token_bytes(self._prompts[place].ids[0]))
+        return completion_logprobs([*prompt, *mine], self._asked.logprobs, offset, first=first)
+
+    def _json(
+        self, place: int, text: str, finish: Finish | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _usage(self) -> dict[str, int]:
+        """A prompt counts once, however many choices it has; echoed tokens are no new ones."""
+        each = self._asked.n or 1
+        prompt = sum(len(prompt.ids) for prompt in self._prompts[::each])
+        answer = sum(choice.tokens for choice in self._choices)
+        if self._asked.echo:
+            answer -= sum(len(prompt.ids) for prompt in self._prompts)
+        return usage(prompt, answer)

@@ -1,0 +1,165 @@
+"""THE ENGINE PROCESS. Owns the model: takes requests from the socket, computes step after step."""
+
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from xverse import log
+from xverse.device import env
+from xverse.engine.engine import Engine
+from xverse.engine.llm import LLM
+from xverse.engine.request import Failed, Scores, Token
+from xverse.engine.spread import SpreadEngine
+from xverse.errors import XverseError
+from xverse.server.messages import (
+    Abort,
+    Ask,
+    Broken,
+    Failure,
+    Inbox,
+    Load,
+    Ready,
+    Start,
+    Stepped,
+    ToApi,
+    ToEngine,
+    frame,
+)
+
+
+def main(descriptor: int) -> int:
+    """Serve the API process at the other end of the inherited socket until it goes away."""
+    # A terminal's Ctrl-C and a stop of the whole service reach us too; the API process decides
+    # when the last request is done, and then closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log.setup(env("XVERSE_LOG_LEVEL", "WARNING").upper())
+    connection = socket.socket(fileno=descriptor)
+    inbox = Inbox(connection)
+    first = inbox.messages(wait=True)
+    if not first:
+        return 0
+    start = first[0]
+    assert isinstance(start, Start), "the first message says what to load"
+    try:
+        llm = _load(start)
+    except XverseError as error:
+        connection.sendall(frame(Broken(error.what, error.why, error.fix)))
+        return 1
+    with suppress(ConnectionError):  # the API process is gone, and with it everybody who asked
+        Server(llm.engine, connection, inbox).run(_ready(llm), first[1:])
+    return 0
+
+
+def _load(start: Start) -> LLM:
+    llm = LLM(
+        start.model,
+        dtype=start.dtype,
+        device=start.device,
+        quantize=start.quantize,
+        kv_tokens=start.kv_tokens,
+        kv_dtype=start.kv_dtype,
+        deterministic=start.deterministic,
+        tensor_parallel=start.tensor_parallel,
+    )
+    llm.engine.prepare()
+    return llm
+
+
+def _ready(llm: LLM) -> Ready:
+    engine = llm.engine
+    return Ready(
+        context=llm.context,
+        capacity=engine.capacity,
+        max_running=engine.max_running,
+        vocab_size=engine.decoder.shape.vocab_size,
+        device=str(next(engine.decoder.parameters()).device),
+    )
+
+
+class Server:
+    """One engine, one connection, one thread: between two steps it reads what has arrived."""
+
+    def __init__(
+        self, engine: Engine | SpreadEngine, connection: socket.socket, inbox: Inbox
+    ) -> None:
+        self.engine, self._connection, self._inbox = engine, connection, inbox
+        self._ours: dict[int, int] = {}  # number of the API -> number of the engine
+        self._theirs: dict[int, int] = {}
+
+    def run(self, ready: Ready, early: list[ToEngine]) -> None:
+        """Until the API process closes the connection."""
+        self._send(ready)
+        failures = self._hear(early)
+        while not self._inbox.closed:
+            idle = not self.engine.busy
+            if idle:  # the load is told before the silence, so that it reads zero then
+                self._send(Stepped([], [], failures, self._load()))
+            failures = self._hear(self._inbox.messages(wait=idle))
+            self._step(failures)
+            failures = []
+
+    def _hear(self, messages: list[ToEngine]) -> list[Failure]:
+        """Queue and abort as the messages say; who was refused."""
+        failures: list[Failure] = []
+        for message in messages:
+            if isinstance(message, Ask):
+                try:
+                    number = self.engine.add(message.request)
+                except XverseError as error:
+                    failures.append(_failure(message.number, error, refused=True))
+                    continue
+                self._ours[message.number] = number
+                self._theirs[number] = message.number
+            elif isinstance(message, Abort):
+                for theirs in message.numbers:
+                    ours = self._ours.pop(theirs, None)
+                    if ours is not None:
+                        del self._theirs[ours]
+                        self.engine.abort(ours)
+        return failures
+
+    def _step(self, failures: list[Failure]) -> None:
+        tokens: list[Token] = []
+        scores: list[Scores] = []
+        for output in self.engine.step():
+            number = self._theirs.get(output.request)
+            if number is None:
+                continue  # aborted while the step was under way
+            last = True
+            if isinstance(output, Token):
+                tokens.append(Token(number, output.id, output.finish, output.logprob, output.top))
+                last = output.finish is not None
+            elif isinstance(output, Failed):
+                failures.append(_failure(number, output.error))
+            else:
+                scores.append(Scores(number, output.logprobs, output.last, output.tops))
+                last = output.last
+            if last:
+                del self._theirs[output.request], self._ours[number]
+        if tokens or scores or failures:
+            self._send(Stepped(tokens, scores, failures, self._load()))
+
+    def _load(self) -> Load:
+        inner = self.engine.engine if isinstance(self.engine, SpreadEngine) else self.engine
+        scheduler, pages = inner.scheduler, inner.pages
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=pages.count - pages.available,
+            pages=pages.count,
+            preempted=scheduler.preempted,
+            reused_tokens=scheduler.reused_tokens,
+        )
+
+    def _send(self, message: ToApi) -> None:
+        self._connection.sendall(frame(message))
+
+
+def _failure(number: int, error: XverseError, *, refused: bool = False) -> Failure:
+    return Failure(number, error.what, error.why, error.fix, refused)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,52 @@
+"""HOW IT IS. Health, readiness, metrics, and the models that are served."""
+
+from typing import Any
+
+from starlette.responses import Response
+
+from xverse.server.context import Context
+from xverse.server.refusals import json_response, not_ready
+
+
+async def health(context: Context) -> Response:
+    """The API process answers, whatever its engine does."""
+    return json_response({"status": "alive"})
+
+
+async def ready(context: Context) -> Response:
+    """Whether requests can be answered now."""
+    state = "draining" if context.traffic.draining else context.service.supervisor.state
+    if state != "ready":
+        raise not_ready(state)
+    return json_response({"status": "ready"})
+
+
+async def metrics(context: Context) -> Response:
+    """All metrics as Prometheus reads them."""
+    service = context.service
+    service.metrics.waiting.set(service.supervisor.load.waiting + service.queue.waiting)
+    service.metrics.engine.set_restarts(service.supervisor.restarts)
+    service.metrics.ready.set(service.supervisor.link is not None)
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def models(context: Context) -> Response:
+    """The models served: one."""
+    return json_response({"object": "list", "data": [_model(context)]})
+
+
+async def model(context: Context) -> Response:
+    """The one that is named in the path, if it is served."""
+    context.service.require_model(context.request.path_params["model"])
+    return json_response(_model(context))
+
+
+def _model(context: Context) -> dict[str, Any]:
+    service = context.service
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "xverse",
+        "max_model_len": service.context,
+    }

@@ -1,0 +1,181 @@
+"""Serve a model over HTTP: OpenAI-style API, and on request the published service and web pages."""
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from xverse.device import env
+from xverse.errors import XverseError
+from xverse.verbs._options import ModelOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from xverse.server.messages import Ready
+    from xverse.server.options import ServeOptions
+    from xverse.server.run import Listening, Mount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions):
+    """What `xverse serve` takes."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder, GGUF file, alias or hub id; the built-in model where none is given."""
+    host: str = "127.0.0.1"
+    """Address to listen at. One that others can reach needs a key."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    served_model_name: str | None = None
+    """What clients call the model; its own name by default."""
+    api_key: tuple[str, ...] = ()
+    """Keys that are let in; the environment variable XVERSE_API_KEY adds one."""
+    api_keys_file: Path | None = None
+    """File with one key a line."""
+    insecure: bool = False
+    """Listen at a public address without a key."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names this server goes by; addresses, localhost and the machine's name always are."""
+    kv_tokens: int | None = None
+    """Room for keys and values, in tokens of all requests together; by default by the machine."""
+    max_queue: int = 256
+    """Requests that may wait; more are refused with 429."""
+    max_queue_tokens: int = 1_000_000
+    """Prompt tokens that may wait."""
+    max_choices: int = 16
+    """Largest n that a request may ask for, at most 128."""
+    requests_per_minute: int | None = None
+    """Requests that each key has a minute."""
+    tokens_per_minute: int | None = None
+    """Tokens, read and written, that each key has a minute."""
+    concurrency: int | None = None
+    """Answers that each key may have made at once."""
+    drain_seconds: float = 30.0
+    """After SIGTERM, how long answers may go on that have begun."""
+    guide_api: bool = False
+    """Also answer POST / as the published FastAPI service does, at a port of its own."""
+    guide_port: int = 6006
+    """Port of the published service."""
+    web: bool = False
+    """Also serve the web pages."""
+    log_requests: bool = True
+    """Write one JSON line a request to standard error; prompts are never in it."""
+
+    def options(self) -> "ServeOptions":
+        """As the server takes them."""
+        from xverse.checkpoint.resolve import DEFAULT_MODEL, title_of
+        from xverse.server.limits import Shares, read_keys
+        from xverse.server.messages import Start
+        from xverse.server.options import ServeOptions
+
+        model = self.model or DEFAULT_MODEL
+        keys = [*self.api_key, *filter(None, [env("XVERSE_API_KEY")])]
+        if self.api_keys_file is not None:
+            keys += read_keys(self.api_keys_file)
+        return ServeOptions(
+            start=Start(
+                model=model,
+                dtype=self.dtype,
+                device=self.device,
+                quantize=self.quantize,
+                kv_tokens=self.kv_tokens,
+                kv_dtype=self.kv_dtype,
+                tensor_parallel=self.tensor_parallel,
+            ),
+            name=self.served_model_name or title_of(model),
+            host=self.host,
+            port=self.port,
+            guide_port=self.guide_port if self.guide_api else None,
+            keys=tuple(keys),
+            insecure=self.insecure,
+            allowed_hosts=self.allowed_hosts,
+            shares=Shares(self.requests_per_minute, self.tokens_per_minute, self.concurrency),
+            max_queue=self.max_queue,
+            max_queue_tokens=self.max_queue_tokens,
+            max_choices=self.max_choices,
+            drain_s=self.drain_seconds,
+            log_requests=self.log_requests,
+        )
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or Ctrl-C; those who are being answered are answered first."""
+    _require("fastapi", "uvicorn", "msgspec", "prometheus_client")
+    from xverse.server.run import serve
+
+    options = config.options()
+    mount = _pages(options) if config.web else None
+    if options.public and not options.keys:
+        print(
+            f"warning: {options.host} can be reached from other machines, and no key is asked for.",
+            file=sys.stderr,
+        )
+    words = _Words(options)
+    serve(options, mount=mount, listening=words.listening, ready=words.ready)
+    return 0
+
+
+class _Words:
+    """What the person at the terminal is told."""
+
+    def __init__(self, options: "ServeOptions") -> None:
+        self._options = options
+        self._next = ""
+
+    def listening(self, where: "Listening") -> None:
+        """The port is open; the model may still be loading."""
+        print(f"{self._options.name}: listening at {where.url}", flush=True)
+        if where.guide_url:
+            print(f"the published service: POST {where.guide_url}/", flush=True)
+        key = ' -H "Authorization: Bearer $XVERSE_API_KEY"' if self._options.keys else ""
+        messages = '[{"role": "user", "content": "你好"}]'
+        body = f'{{"model": "{self._options.name}", "messages": {messages}}}'
+        self._next = (
+            f"next: curl {where.url}/v1/chat/completions{key} "
+            f"-H 'Content-Type: application/json' -d '{body}'"
+        )
+
+    def ready(self, told: "Ready") -> None:
+        """The model is loaded, for the first time or again."""
+        print(
+            f"ready on {told.device}: {told.context:,} tokens of context, room for "
+            f"{told.capacity:,} tokens in all",
+            flush=True,
+        )
+        print(self._next, flush=True)
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise XverseError(
+            "The server cannot run here.",
+            f"It needs {', '.join(missing)}, which the base installation leaves out.",
+            'Install them with: pip install "xverse-llm[serve]"',
+        )
+
+
+def _pages(options: "ServeOptions") -> "Mount":
+    if options.keys:
+        raise XverseError(
+            "The web pages cannot be served where a key is asked for.",
+            "A browser that opens a page sends no key.",
+            "Leave --web out, and run beside it: xverse web --url URL --api-key KEY",
+        )
+    if find_spec("gradio") is None:
+        raise XverseError(
+            "There are no web pages here.",
+            "They need Gradio, which the base installation leaves out.",
+            'Install it with: pip install "xverse-llm[web]", or leave --web out.',
+        )
+    from xverse.web.http_client import OverHttp
+    from xverse.web.site import mount
+
+    def pages(app: "FastAPI", url: str) -> None:
+        mount(app, OverHttp(f"{url}/v1", options.name, starting=True))
+
+    return pages
