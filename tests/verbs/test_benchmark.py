@@ -16,11 +16,10 @@ from xverse.engine import agree, footprint
 from xverse.engine.measure import measure_throughput
 from xverse.engine.simple import decode
 from xverse.engine.workload import make_requests
-from xverse.errors import XverseError
 from xverse.model.fresh import random_decoder
 from xverse.model.fuse import fuse
 from xverse.model.shape import ModelShape
-from xverse.verbs import _benchmark_engine, _peers
+from xverse.verbs import _peers
 from xverse.verbs._peer_transformers import TransformersPeer, llama_of
 from xverse.verbs._peers import Subject
 from xverse.verbs.benchmark import Config, command_of
@@ -304,11 +303,6 @@ def test_what_cannot_be_measured_is_refused(
     code, _, err = xverse(capsys, *(str(folder) if o == "MODEL" else o for o in options))
     assert code == 1
     assert words in err
-
-
-def test_an_option_that_the_engine_lacks_is_refused() -> None:
-    with pytest.raises(XverseError, match="--kv-dtype is not possible yet"):
-        _benchmark_engine._require("kv_dtype", {"page_size": 16}, "--kv-dtype")
 
 
 def test_lengths_by_default_are_within_the_context(

@@ -137,13 +137,15 @@ def connect(decoder: Decoder, mesh: Joins) -> Decoder:
             block.mlp = Reduced(mlp, mesh.reduce)
     embedding = decoder.model.embed_tokens.weight
     mesh.reserve(whole.hidden_size, whole.vocab_size, embedding.dtype)
-    head, wide_ND = decoder.lm_head, decoder.wide_head_VD
+    head, wide_VD = decoder.lm_head, decoder.wide_head_VD
     decoder.wide_head_VD = None
     if head is None:  # tied: a part of the embedding, which every rank has whole
         part = part_of("lm_head", whole, mesh.rank, mesh.size)
         assert part is not None, "the table has the head"
         head = Linear.of(embedding.data, None).keep_outputs(part.first, part.last, part.units)
-        wide_ND = None
+        wide_VD = None
     assert isinstance(head, Linear), "the head is never quantized"
-    decoder.lm_head = Gathered(head, mesh.gather, wide_ND)
+    if wide_VD is not None and wide_VD.data_ptr() != head.weight.data_ptr():
+        wide_VD = None  # the head was widened before it was cut
+    decoder.lm_head = Gathered(head, mesh.gather, wide_VD)
     return decoder

@@ -1,8 +1,5 @@
 """OPTIONS -> ENGINE. What `xverse benchmark` measures: a model, or a shape with random weights."""
 
-import dataclasses
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -127,28 +124,24 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
 def _engine_options(config: "SubjectOptions", subject: "Subject") -> dict[str, Any]:
     from xverse.engine.engine import EngineOptions
 
-    known: dict[str, Any] = {
-        field.name: field.default for field in dataclasses.fields(EngineOptions)
-    }
+    usual = EngineOptions().on(subject.device)
+    assert usual.max_running is not None, "`on` leaves nothing open"
+    assert usual.step_tokens is not None, "`on` leaves nothing open"
     options: dict[str, Any] = {
         "kv_tokens": config.kv_tokens,
         # As `LLM` has it: shared prefixes would change last bits on a CPU.
         "share_prefixes": subject.device.type == "cuda",
+        "kv_dtype": config.kv_dtype,
     }
-    if config.kv_dtype != "auto":
-        _require("kv_dtype", known, "--kv-dtype")
-        options["kv_dtype"] = config.kv_dtype
-    if subject.most_running > known["max_running"]:
+    if subject.most_running > usual.max_running:
         options["max_running"] = subject.most_running
-        options["step_tokens"] = max(known["step_tokens"], subject.most_running)
+        options["step_tokens"] = max(usual.step_tokens, subject.most_running)
     return options
 
 
 def _open_parallel(config: "SubjectOptions") -> "Engine | SpreadEngine":
     from xverse.engine.llm import LLM
 
-    known = inspect.signature(LLM).parameters
-    _require("tensor_parallel", known, "--tensor-parallel")
     if config.random_weights:
         raise XverseError(
             "--random-weights and --tensor-parallel do not go together.",
@@ -160,18 +153,7 @@ def _open_parallel(config: "SubjectOptions") -> "Engine | SpreadEngine":
         "device": config.device,
         "quantize": config.quantize,
         "kv_tokens": config.kv_tokens,
+        "kv_dtype": config.kv_dtype,
         "tensor_parallel": config.tensor_parallel,
     }
-    if config.kv_dtype != "auto":
-        _require("kv_dtype", known, "--kv-dtype with --tensor-parallel")
-        options["kv_dtype"] = config.kv_dtype
     return LLM(*([config.model] if config.model else []), **options).engine
-
-
-def _require(name: str, known: Mapping[str, object], flag: str) -> None:
-    if name not in known:
-        raise XverseError(
-            f"{flag} is not possible yet.",
-            f"The engine of this version has no option {name!r}.",
-            "Leave it out, or install a later version.",
-        )
