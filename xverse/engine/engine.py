@@ -57,7 +57,7 @@ class EngineOptions:
     max_running: int | None = None
     deterministic: bool = False
     share_prefixes: bool = True
-    grammar_seconds: float = 5.0
+    grammar_seconds: float = 4.5
     speculate: int = 0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from xverse.server.constraint import constrain
+from xverse.server.constraint import answer_form
 from xverse.server.context import Context
 from xverse.server.logprobs import chat_logprobs
 from xverse.server.refusals import invalid, json_response
@@ -33,7 +33,7 @@ async def chat(context: Context, asked: ChatRequest) -> Response:
 async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
     service.require_model(asked.model)
-    constraint = constrain(asked.tools, asked.tool_choice, asked.response_format)
+    form = answer_form(asked.tools, asked.tool_choice, asked.response_format)
     choices = bounded_choices(asked.n, max_choices)
     if asked.stream_options is not None and not asked.stream:
         raise invalid("stream_options are for streams.", "stream_options")
@@ -44,17 +44,17 @@ async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     usable = bool(asked.tools) and asked.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if usable else None
     ids = await service.render([message.plain() for message in asked.messages], tools)
+    ids += await service.encode(form.opening, add_special=False)
     most = asked.max_completion_tokens
     sampling = asked.sampling(
         max_tokens=asked.max_tokens if most is None else most,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        grammar=constraint.grammar,
+        grammar=form.grammar,
     )
     limit = "max_tokens" if most is None else "max_completion_tokens"
     prompt = service.prompt(ids, sampling, limit)
     prompts = service.choices(prompt, choices)
-    parallel = asked.parallel_tool_calls is not False
-    return Turn(prompts, usable, parallel, constraint.forced)
+    return Turn(prompts, usable, asked.parallel_tool_calls is not False, form.opening)
 
 
 def bounded_choices(n: int | None, most: int) -> int:

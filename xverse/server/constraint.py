@@ -1,10 +1,8 @@
-"""FORM OF THE ANSWER -> GRAMMAR. What response_format and a forced tool_choice ask of an answer."""
+"""FORM OF THE ANSWER -> GRAMMAR. What response_format and tool_choice ask of an answer."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from xverse.engine.grammar import Grammar
+from xverse.engine.form import Form, form_of
 from xverse.errors import XverseError
 from xverse.server.refusals import invalid, of_model, unsupported
 from xverse.server.schema import NamedTool, ResponseFormat, Tool, ToolChoice
@@ -13,40 +11,29 @@ MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 32
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """What the answer is held to; with `forced` it is one function call, bare of its marks."""
-
-    grammar: Grammar | None = None
-    forced: bool = False
-
-
-def constrain(
-    tools: Sequence[Tool] | None, choice: ToolChoice | None, form: ResponseFormat | None
-) -> Constraint:
-    """What tools, tool_choice and response_format demand together; Refusal where they cannot."""
+def answer_form(
+    tools: list[Tool] | None, choice: ToolChoice | None, form: ResponseFormat | None
+) -> Form:
+    """How the answer gets the form that is asked for; Refusal for what cannot be asked."""
     check_tools(tools)
-    demanded = _demanded(tools or (), choice)
-    wanted = _of_format(form)
-    if not demanded:
-        for place, tool in enumerate(tools or ()):
-            if tool.function.strict and choice != "none":
-                raise unsupported(
-                    f"tools[{place}].function.strict",
-                    "only a call that tool_choice demands is held to its schema.",
-                )
-        if wanted is not None and tools and choice != "none":
-            raise unsupported(
-                "response_format",
-                'beside tools that may be called; set tool_choice to "none", or leave one out.',
-            )
-        return Constraint(wanted)
-    if wanted is not None:
-        raise invalid("An answer is a call or of a format, not both.", "response_format")
-    return Constraint(_call_grammar(demanded), forced=True)
+    check_choice(choice, tools)
+    check_format(form)
+    demanded = choice == "required" or isinstance(choice, NamedTool)
+    for place, tool in enumerate(tools or ()):
+        if tool.function.strict and not demanded:
+            why = "an answer that may be a call or not is held to no schema."
+            raise unsupported(f"tools[{place}].function.strict", why)
+    try:
+        return form_of(
+            [tool.model_dump(exclude_none=True) for tool in tools or ()],
+            choice.model_dump() if isinstance(choice, NamedTool) else choice,
+            form.model_dump(by_alias=True, exclude_none=True) if form else None,
+        )
+    except XverseError as error:
+        raise of_model(error, "tools" if demanded else "response_format") from error
 
 
-def check_tools(tools: Sequence[Tool] | None) -> None:
+def check_tools(tools: list[Tool] | None) -> None:
     """Refusal where a tool's schema is too large or nested too deeply, or two have one name."""
     names: set[str] = set()
     for place, tool in enumerate(tools or ()):
@@ -56,65 +43,31 @@ def check_tools(tools: Sequence[Tool] | None) -> None:
         names.add(tool.function.name)
 
 
-def _demanded(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:
-    """The tools of which one has to be called; none where the model may decide."""
+def check_choice(choice: ToolChoice | None, tools: list[Tool] | None) -> None:
+    """Refusal where a tool is demanded that is not there."""
     if choice is None or choice in ("auto", "none"):
-        return []
+        return
     if not tools:
         raise invalid("tool_choice demands a tool, and there are no tools.", "tool_choice")
-    if not isinstance(choice, NamedTool):
-        return list(tools)
-    found = [tool for tool in tools if tool.function.name == choice.function.name]
-    if not found:
-        raise invalid(f"There is no tool {choice.function.name!r}.", "tool_choice")
-    return found
+    if isinstance(choice, NamedTool):
+        names = [tool.function.name for tool in tools]
+        if choice.function.name not in names:
+            raise invalid(f"There is no tool {choice.function.name!r}.", "tool_choice")
 
 
-def _of_format(form: ResponseFormat | None) -> Grammar | None:
-    if form is None:
-        return None
+def check_format(form: ResponseFormat | None) -> None:
+    """Refusal where type and schema do not go together, or the schema is too large."""
+    if form is None or form.type == "text":
+        if form is not None and form.json_schema is not None:
+            raise invalid("A text has no json_schema.", "response_format.json_schema")
+        return
     if (form.type == "json_schema") != (form.json_schema is not None):
         raise invalid(
             "json_schema belongs to the type json_schema, and to no other.",
             "response_format.json_schema",
         )
-    if form.json_schema is None:
-        return Grammar.json() if form.type == "json_object" else None
-    param = "response_format.json_schema.schema"
-    _check_schema(form.json_schema.schema_, param)
-    return _of_schema(form.json_schema.schema_, param)
-
-
-def _call_grammar(tools: Sequence[Tool]) -> Grammar:
-    """A call of one of these, as the JSON that stands between the marks of a call."""
-    definitions: dict[str, object] = {}
-    calls: list[dict[str, object]] = []
-    for tool in tools:
-        schema = dict(tool.function.parameters or {"type": "object", "properties": {}})
-        for key in ("$defs", "definitions"):  # references lead there from the root
-            inner = schema.pop(key, {})
-            known = definitions.setdefault(key, {})
-            assert isinstance(known, dict)
-            for name, definition in inner.items() if isinstance(inner, dict) else ():
-                if known.setdefault(name, definition) != definition:
-                    raise unsupported("tools", f"two of them mean other things by {name!r:.80}.")
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"api_name": {"const": tool.function.name}, "parameters": schema},
-                "required": ["api_name", "parameters"],
-            }
-        )
-    body = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    kept = {key: found for key, found in definitions.items() if found}
-    return _of_schema({**body, **kept}, "tools")
-
-
-def _of_schema(schema: dict[str, object], param: str) -> Grammar:
-    try:
-        return Grammar.json_schema(schema)
-    except XverseError as error:
-        raise of_model(error, param) from error
+    if form.json_schema is not None:
+        _check_schema(form.json_schema.schema_, "response_format.json_schema.schema")
 
 
 def _check_schema(schema: dict[str, object], param: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from xverse.server.constraint import constrain
+from xverse.server.constraint import answer_form
 from xverse.server.context import Context
 from xverse.server.logprobs import chat_logprobs
 from xverse.server.refusals import Refusal, invalid, json_response
@@ -52,21 +52,24 @@ async def plan(service: Service, asked: ResponseRequest) -> Turn:
     service.require_model(asked.model)
     tools = [tool.boxed() for tool in asked.tools or ()]
     choice = asked.tool_choice
-    boxed = choice.boxed() if isinstance(choice, FlatNamed) else choice
-    constraint = constrain(tools, boxed, _boxed(asked.text.format if asked.text else None))
+    form = answer_form(
+        tools,
+        choice.boxed() if isinstance(choice, FlatNamed) else choice,
+        _boxed(asked.text.format if asked.text else None),
+    )
     if asked.top_logprobs is not None and not asked.include:
         raise invalid("top_logprobs needs message.output_text.logprobs in include.", "include")
     usable = bool(tools) and choice != "none"
     plain = [tool.model_dump(exclude_none=True) for tool in tools] if usable else None
     ids = await service.render(_messages(asked), plain)
+    ids += await service.encode(form.opening, add_special=False)
     sampling = asked.sampling(
         max_tokens=asked.max_output_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.include else None,
-        grammar=constraint.grammar,
+        grammar=form.grammar,
     )
     prompt = service.prompt(ids, sampling, "max_output_tokens")
-    parallel = asked.parallel_tool_calls is not False
-    return Turn([prompt], usable, parallel, constraint.forced)
+    return Turn([prompt], usable, asked.parallel_tool_calls is not False, form.opening)
 
 
 async def _streamed(context: Context, reply: "_Reply", turn: Turn) -> AsyncGenerator[bytes, None]:

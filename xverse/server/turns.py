@@ -10,7 +10,7 @@ from xverse.engine.request import Finish, Logprob, Piece
 from xverse.server.limits import Tenant
 from xverse.server.logprobs import Spoken
 from xverse.server.service import Prompt, Service
-from xverse.text.tools import END, START, ToolCall, ToolStream, parse_tool_calls
+from xverse.text.tools import ToolCall, ToolStream
 
 TurnFinish = Literal["stop", "length", "tool_calls"]
 
@@ -41,13 +41,13 @@ class Turn:
     """What the model is to answer: one prompt a choice.
 
     With `tools` calls are taken out of the text; without `parallel` the first one ends the answer.
-    With `forced` the whole text is one call, bare of its marks.
+    `opening` ends the prompts and begins the answers: a demanded call.
     """
 
     prompts: Sequence[Prompt]
     tools: bool = False
     parallel: bool = True
-    forced: bool = False
+    opening: str = ""
 
 
 async def deltas(
@@ -107,8 +107,10 @@ class Speaker:
     def __init__(self, service: Service, choice: int, turn: Turn) -> None:
         self.finish: TurnFinish | None = None
         self._choice, self._parallel = choice, turn.parallel
-        self._stream = ToolStream() if turn.tools and not turn.forced else None
-        self._bare: str | None = "" if turn.forced else None  # a call as far as it has come
+        self._stream = ToolStream() if turn.tools else None
+        if self._stream is not None:
+            early = self._stream.feed(turn.opening)
+            assert not early, "the opening is the beginning of a call"
         tokenizer = service.tokenizer
         self._spoken = Spoken(tokenizer.special_ids, tokenizer.strips_leading_space)
         self._calls = 0
@@ -125,9 +127,6 @@ class Speaker:
         return Delta(self._choice, content, calls, len(piece.tokens), tuple(logprobs), self.finish)
 
     def _apart(self, text: str, *, last: bool) -> tuple[str, tuple[Call, ...]]:
-        if self._bare is not None:
-            self._bare += text
-            return self._forced(self._bare) if last else ("", ())
         if self._stream is None:
             return text, ()
         found = self._stream.feed(text)
@@ -139,17 +138,9 @@ class Speaker:
             if isinstance(each, str):
                 content += each
             elif self._parallel or not self._calls:
-                calls.append(self._call(each))
+                calls.append(Call(self._calls, f"call_{uuid.uuid4().hex[:24]}", each))
+                self._calls += 1
         return content, tuple(calls)
-
-    def _forced(self, text: str) -> tuple[str, tuple[Call, ...]]:
-        """The call that the whole answer is; where it was cut short, its text."""
-        found = parse_tool_calls(START + text + END).tool_calls
-        return ("", (self._call(found[0]),)) if found else (text, ())
-
-    def _call(self, call: ToolCall) -> Call:
-        self._calls += 1
-        return Call(self._calls - 1, f"call_{uuid.uuid4().hex[:24]}", call)
 
     def _reason(self, finish: Finish) -> TurnFinish:
         return "tool_calls" if finish == "stop" and self._calls else finish
