@@ -3,14 +3,11 @@
 First every kernel against its twin (`bench/check_attend.py`), then GB/s of keys and values of a
 decode step, TFLOP/s of prompts (causal: half the products) beside PyTorch's own attention, and GB/s
 of storing. Each launch is measured in a CUDA graph over more memory than the cache holds. The
-winners go into `kernels/cuts.py` by hand. With OUT in the environment, the table is written there.
+winners go into `kernels/cuts.py` by hand, and the table is recorded.
 """
 
-import json
 import multiprocessing
-import os
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +33,7 @@ from bench.attend_cases import (
     tables_of_rope,
 )
 from bench.check_attend import Check
+from bench.record import record
 from bench.tune_decode import seconds
 from xverse.kernels import attend_triton, chunks_triton
 from xverse.kernels.cuts import Scratch
@@ -165,8 +163,7 @@ def main() -> None:
         table += measure()
         print(f"-- {time.perf_counter() - began:.0f} s", flush=True)
     found["table"] = table
-    if "OUT" in os.environ:
-        Path(os.environ["OUT"], "tune_attend.json").write_text(json.dumps(found, indent=1))
+    print(record("tune_attend", found, ("triton",)))
 
 
 def show(name: str, results: list[tuple[float, str]], unit: str) -> list[tuple[str, float]]:

@@ -3,22 +3,21 @@
 First correctness: against fp64, and chained by dependent launch against not. Then every candidate
 as CUDA graphs over more weights than the cache holds, cuBLAS beside them, what stands between
 products, and whole steps. Prints tables; winners go into `kernels/tiles.py` by hand. `--parts
-check,tiles,cublas,between,steps` runs some of it; JSON goes to the folder $OUT, if set.
+check,tiles,cublas,between,steps` runs some of it; and the figures are recorded.
 """
 
-import json
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.record import record
 from bench.tune_decode import PRODUCTS, Product
 from xverse.kernels import between_triton, reference
 from xverse.kernels.multiply_rows_triton import Scratch, add_rows, multiply_rows, some_rows
@@ -355,8 +354,7 @@ def main() -> None:
             figures[name] = part()
             torch.cuda.empty_cache()
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    if "OUT" in os.environ:
-        Path(os.environ["OUT"], "tune_rows.json").write_text(json.dumps(figures, indent=1), "utf-8")
+    print(record("tune_rows", figures, ("triton",)))
 
 
 if __name__ == "__main__":

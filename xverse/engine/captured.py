@@ -33,10 +33,18 @@ class CapturedSteps:
 
     `tables` [slots + 1, P] (int32) and `latest` [slots + 1] (int64) hold each slot's pages and its
     last token; their last row is for rows that nobody fills, and leads to a page that nobody has.
+    `turns` are cos and sin [S, E] of every position, which all sizes share.
     """
 
-    def __init__(self, decoder: Decoder, kv: Paged, tables_SP: Tensor, latest_S: Tensor) -> None:
-        self.decoder, self.kv = decoder, kv
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: Paged,
+        tables_SP: Tensor,
+        latest_S: Tensor,
+        turns: tuple[Tensor, Tensor],
+    ) -> None:
+        self.decoder, self.kv, self.turns = decoder, kv, turns
         self.tables_SP, self.latest_S = tables_SP, latest_S
         self._steps: dict[int, tuple[Tensor, Run]] = {}
         # One memory for all graphs: they never run side by side, and what one leaves is read
@@ -78,7 +86,7 @@ class CapturedSteps:
         pages = self.tables_SP[static_3B[0]]
         keys, values = list(self.kv.keys), list(self.kv.values)
         scales = [self.kv.scales(layer) for layer in range(len(keys))]
-        step = DecodeStep(self.decoder, keys, values, pages, scales)
+        step = DecodeStep(self.decoder, keys, values, pages, scales, self.turns)
 
         def run() -> Tensor:
             slots_B, positions_B, ids_B = static_3B

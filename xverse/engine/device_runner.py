@@ -49,8 +49,9 @@ class DeviceRunner:
         self.tables_SP = torch.full((slots + 1, width), spare, dtype=torch.int32, device=kv.device)
         self.latest_S = torch.zeros(slots + 1, dtype=torch.int64, device=kv.device)
         self.sampler = DeviceSampler(slots, decoder.shape.vocab_size, kv.device)
-        self.steps = CapturedSteps(decoder, kv, self.tables_SP, self.latest_S)
         self.prompts = PromptStep(decoder, kv)
+        turns = self.prompts.cos_SE, self.prompts.sin_SE
+        self.steps = CapturedSteps(decoder, kv, self.tables_SP, self.latest_S, turns)
         self._seated: list[Table | None] = [None] * slots
 
     @classmethod
@@ -231,11 +232,7 @@ class DeviceRunner:
 
 def _decodes(chunk: Chunk) -> bool:
     generation = chunk.generation
-    return chunk.rows == 1 and _chooses(chunk) and generation.unscored >= len(generation.ids)
-
-
-def _chooses(chunk: Chunk) -> bool:
-    return chunk.complete and chunk.generation.sampler is not None
+    return chunk.rows == 1 and chunk.chooses and generation.unscored >= len(generation.ids)
 
 
 def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Choice]]:

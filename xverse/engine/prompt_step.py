@@ -12,11 +12,9 @@ from torch.nn import functional
 
 from xverse.engine.paged import Paged
 from xverse.kernels import dispatch, reference
-from xverse.kernels.reference import Norm
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear
-from xverse.model.norm import RMSNorm
 
 WHOLE_FROM, NEVER = 1024, 2**62  # rows; below, attention over pages takes a hundredth of the time
 AT_ONCE = 4096  # rows of a product: 8,191 tokens of 7B take an H200 175 ms so, and 188 in one piece
@@ -73,11 +71,11 @@ class PromptStep:
         delta_TD: Tensor | None = None
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
-            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, _norm(block.input_layernorm))
+            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, block.input_layernorm.spec)
             delta_TD = self._attention(layer, block.self_attn, normed_TD, prompts)
-            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, _norm(block.post_attention_layernorm))
+            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, block.post_attention_layernorm.spec)
             delta_TD = self._feedforward(block.mlp, normed_TD)
-        return self.add_norm(x_TD, delta_TD, _norm(stack.norm))[1]
+        return self.add_norm(x_TD, delta_TD, stack.norm.spec)[1]
 
     def _attention(
         self, layer: int, attention: nn.Module, x_TD: Tensor, prompts: Prompts
@@ -105,10 +103,6 @@ class PromptStep:
         if not isinstance(mlp, FusedFeedForward):
             return mlp(x_TD)
         return _in_parts(mlp.down_proj, self.swiglu(_in_parts(mlp.gate_up_proj, x_TD)))
-
-
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps, norm.weight_in_fp32)
 
 
 def _in_parts(linear: nn.Module, x_TD: Tensor) -> Tensor:

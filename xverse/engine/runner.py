@@ -43,11 +43,6 @@ class Flight:
     choices: Callable[[], list[Choice]]  # waits for the step
     known: list[Choice] = field(default_factory=list)  # of the last ones of `choosing`
 
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk], choices: Callable[[], list[Choice]]) -> "Flight":
-        """The step of `chunks`, before any of them counts as computed."""
-        return cls(chunks, [(g, len(g.ids)) for g in choosing(chunks)], choices)
-
     def add(self, generation: Generation, found: Sequence[Choice]) -> None:
         """Tokens that are chosen already; what follows a right guess stands behind it."""
         place = len(generation.ids)
@@ -64,7 +59,7 @@ class Flight:
 
 def choosing(chunks: Sequence[Chunk]) -> list[Generation]:
     """Whose next token a step of these chunks chooses."""
-    return [chunk.generation for chunk in chunks if _chooses(chunk)]
+    return [chunk.generation for chunk in chunks if chunk.chooses]
 
 
 class Runner(Protocol):
@@ -94,17 +89,13 @@ class PlainRunner:
         return flight
 
 
-def _chooses(chunk: Chunk) -> bool:
-    return chunk.complete and chunk.generation.sampler is not None
-
-
 def choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
     """The rows whose logits choose a token: the last of a chunk that is complete, and its draft."""
     rows: list[int] = []
     end = 0
     for chunk in chunks:
         end += chunk.rows
-        if _chooses(chunk):
+        if chunk.chooses:
             rows += range(end - len(chunk.draft) - 1, end)
     return rows
 
@@ -170,7 +161,9 @@ def choose(chunks: Sequence[Chunk], logits_BV: Tensor) -> Iterator[tuple[Generat
     sound = (~best.values.isnan()).tolist()
     ids = [id if fine else None for id, fine in zip(best.indices.tolist(), sound, strict=True)]
     start = 0
-    for chunk in filter(_chooses, chunks):
+    for chunk in chunks:
+        if not chunk.chooses:
+            continue
         rows = slice(start, start + 1 + len(chunk.draft))
         yield chunk.generation, _follow(chunk, logits_BV[rows], ids[rows])
         start = rows.stop

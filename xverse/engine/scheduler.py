@@ -96,6 +96,11 @@ class Chunk:
         """Whether all tokens there are will be computed then, and the next can be chosen."""
         return self.count == self.generation.missing
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a token is chosen after it; of prompts that are only scored, none is."""
+        return self.complete and self.generation.sampler is not None
+
 
 @dataclass
 class Scheduler:
@@ -155,9 +160,9 @@ class Scheduler:
     def launched(self, chunks: Iterable[Chunk]) -> None:
         """The step is under way: whatever comes after it finds its keys and values in the pages."""
         for chunk in chunks:
-            generation, complete = chunk.generation, chunk.complete
+            generation, chooses = chunk.generation, chunk.chooses
             generation.held += chunk.count
-            if complete and generation.sampler is not None:
+            if chooses:
                 generation.ids.append(UNKNOWN)
                 generation.pending += 1
 

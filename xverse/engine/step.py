@@ -22,7 +22,6 @@ from xverse.model.decoder import Block, Decoder
 from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear, StackedLinear
-from xverse.model.norm import RMSNorm
 from xverse.parallel.tensor import Gathered, Reduced
 
 
@@ -31,7 +30,7 @@ class DecodeStep:
 
     Write `ids` [T] (int64) and `positions` [T] (int32), then call it: logits [T, V]. `pages` [T, P]
     (int32) lists each sequence's pages of `keys` and `values`, one [pages, K, S, E] a layer; fp8
-    ones have `scales`.
+    ones have `scales`. `turns` are cos and sin [S, E] of every position, if somebody has them.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class DecodeStep:
         values: Sequence[Tensor],
         pages: Tensor,
         scales: Sequence[Scales | None] | None = None,
+        turns: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         why_not = unfit(decoder)
         if why_not:
@@ -70,7 +70,7 @@ class DecodeStep:
         if shape.num_experts:
             self.mix = dispatch.mixture_rows(device, weight.dtype, tokens, shape.num_experts).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
-        self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, weight.dtype)
+        self.cos_SE, self.sin_SE = turns or decoder.rope.tables(capacity, None, weight.dtype)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -87,14 +87,14 @@ class DecodeStep:
         own = decoder.model.embed_tokens if head is None else _own(head)
         wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
         weight_VD = own.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
-        logits, _ = self.products.read(stream, _norm(decoder.model.norm), weight_VD)
+        logits, _ = self.products.read(stream, decoder.model.norm.spec, weight_VD)
         logits = logits[:, : len(own.weight)]
         return head.gather(logits.contiguous()) if isinstance(head, Gathered) else logits
 
     def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, FusedAttention)
-        project, norm = attention.qkv_proj, _norm(block.input_layernorm)
+        project, norm = attention.qkv_proj, block.input_layernorm.spec
         qkv, stream = self.products.read(stream, norm, project.weight, project.bias)
         mixed = self.attend(
             qkv,
@@ -107,7 +107,7 @@ class DecodeStep:
             self.scales[layer],
         )
         stream = self._add(attention.o_proj, mixed, stream)
-        norm = _norm(block.post_attention_layernorm)
+        norm = block.post_attention_layernorm.spec
         if isinstance(mlp, MixtureOfExperts):
             more_TD = stream.more_TD
             x_TD = stream.x_TD if more_TD is None else stream.x_TD + more_TD
@@ -198,7 +198,3 @@ def _own(module: nn.Module) -> Linear:
     part = _part(module)
     assert isinstance(part, Linear), "`unfit` has looked"
     return part
-
-
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps, norm.weight_in_fp32)

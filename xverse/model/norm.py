@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.kernels import normalize
+from xverse.kernels.reference import Norm
 
 
 class RMSNorm(nn.Module):
@@ -14,6 +15,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
         self.weight_in_fp32 = weight_in_fp32
+
+    @property
+    def spec(self) -> Norm:
+        """As an operation that applies it on the way takes it."""
+        return Norm(self.weight, self.eps, self.weight_in_fp32)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return normalize.rms_norm(x_TD, self.weight, self.eps, weight_in_fp32=self.weight_in_fp32)
