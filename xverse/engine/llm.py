@@ -9,8 +9,9 @@ from typing import Literal, overload
 from xverse.checkpoint.load import Model, load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.device import pick_device
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.loop import Loop
+from xverse.engine.options import EngineOptions
 from xverse.engine.output import Output
 from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Scores
 from xverse.engine.spread import SpreadEngine, spread
