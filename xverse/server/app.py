@@ -32,8 +32,13 @@ def build_app(
     max_choices: int = 16,
 ) -> FastAPI:
     """The app without its gate: whoever serves it puts `Gate` around it."""
-    # Its pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="XVERSE", version=xverse.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="XVERSE",
+        version=xverse.__version__,
+        docs_url=None,  # these pages would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # /v1/models/ is no route, and 307 is no answer of ours
+    )
     for route in routes:
         _add(app, route, service, traffic, max_choices)
     app.add_exception_handler(Refusal, _refused)

@@ -22,6 +22,7 @@ from xverse.server.limits import Keys
 from xverse.server.messages import Ready
 from xverse.server.metrics import Metrics
 from xverse.server.options import ServeOptions
+from xverse.server.protocol import Connection
 from xverse.server.queue import FairQueue
 from xverse.server.routes import GUIDE_ROUTES
 from xverse.server.service import Service
@@ -138,11 +139,12 @@ class Running:
         config = uvicorn.Config(
             gate,
             # The other parser has no bound on headers, which would be memory for anybody to take.
-            http="h11",
+            http=Connection,
             h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # its warnings are of what clients do wrong, in lines of no form
             access_log=False,
             server_header=False,
             proxy_headers=False,
