@@ -10,12 +10,12 @@ from openai.types.completion import Completion
 from openai.types.responses import ResponseStreamEvent
 from pydantic import ValidationError
 
-from bench.fuzz_cases import Case
 from bench.fuzz_http import LEAVING, Answer
+from bench.fuzz_mutants import Case
 
 CHUNKS = {"/v1/chat/completions": ChatCompletionChunk, "/v1/completions": Completion}
 # An annotated union of models, each with a `type` of its own.
-EVENTS = {
+EVENTS: dict[str, Any] = {
     get_args(m.model_fields["type"].annotation)[0]: m
     for m in get_args(get_args(ResponseStreamEvent)[0])
 }
@@ -64,7 +64,9 @@ class Judge:
     def _declared(self, case: Case, status: int) -> dict[str, Any] | None:
         """What OpenAPI says of this status of the route, None where it says nothing."""
         operations = self._specs[case.guide]["paths"].get(case.route or "", {})
-        operation: dict[str, Any] = operations.get(case.method.lower(), {})
+        operation: dict[str, Any] = (
+            operations.get(case.method.lower(), {}) if case.method.isupper() else {}
+        )
         found: dict[str, Any] | None = operation.get("responses", {}).get(str(status))
         if operation and found is None:
             return {"content": {}}  # a status that is not declared has no content either
@@ -87,8 +89,8 @@ class Judge:
         if schema is None:
             yield f"JSON with status {answer.status} is not declared"
             return
-        for error in self._validator(case.guide, schema).iter_errors(content):
-            yield f"not as OpenAPI has it: {error.message[:200]}"
+        for wrong in self._validator(case.guide, schema).iter_errors(content):
+            yield f"not as OpenAPI has it: {wrong.message[:200]}"
 
     def _validator(self, guide: bool, schema: dict[str, Any]) -> Any:
         name = (guide, json.dumps(schema))
@@ -130,7 +132,7 @@ def _stream_faults(route: str, body: bytes) -> Iterator[str]:
 
 def _event_faults(route: str, content: dict[str, Any]) -> Iterator[str]:
     """What the openai package's own types say against it; it does not ask them itself."""
-    model = CHUNKS.get(route) or EVENTS.get(str(content.get("type")))
+    model: Any = CHUNKS.get(route) or EVENTS.get(str(content.get("type")))
     if model is None:
         yield f"an event of no known type: {str(content)[:80]}"
         return

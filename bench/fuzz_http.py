@@ -3,9 +3,8 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from bench.fuzz_cases import Case
+from bench.fuzz_mutants import Case
 
-PATIENCE_S = 30.0  # for an answer; longer is a hang
 LEAVING = ("half", "leave")
 
 
@@ -25,14 +24,15 @@ class Answer:
 class Caller:
     """One client: a connection that is kept while both sides keep it."""
 
-    def __init__(self, ports: dict[bool, int]) -> None:
-        """`ports`: the API's under False, the published service's under True."""
-        self._ports = ports
+    def __init__(self, ports: dict[bool, int], patience_s: float) -> None:
+        """`ports`: the API's under False, the published service's under True. An answer that takes
+        longer than `patience_s` is a hang."""
+        self._ports, self._patience_s = ports, patience_s
         self._open: dict[bool, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
 
     async def ask(self, case: Case) -> Answer:
         """Send it and read what comes. NoHttpError where that is none, TimeoutError for a hang."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(self._patience_s):
             try:
                 return await self._ask(case)
             except (ConnectionError, asyncio.IncompleteReadError):

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from bench.fuzz_cases import Case, Source
+from bench.fuzz_cases import Source
 from bench.fuzz_check import Judge
 from bench.fuzz_http import Caller, NoHttpError
+from bench.fuzz_mutants import Case
 from bench.record import record
 
 KEY, MODEL = "the-key-of-the-fuzzer", "tiny"
@@ -72,7 +73,17 @@ def served(model: Path, folder: Path) -> Iterator[Served]:
     """`xverse serve` of the model, ready; ended afterwards."""
     errors = folder / "stderr"
     command = [sys.executable, "-m", "xverse", "serve", str(model), "--served-model-name", MODEL]
-    flags = ["--port", "0", "--guide-api", "--guide-port", "0", "--drain-seconds", "5", "--kv-tokens", "65536"]
+    flags = [
+        "--port",
+        "0",
+        "--guide-api",
+        "--guide-port",
+        "0",
+        "--drain-seconds",
+        "5",
+        "--kv-tokens",
+        "65536",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XVERSE_API_KEY": KEY}
     with errors.open("w") as stream:
         process = subprocess.Popen(
@@ -150,7 +161,9 @@ def _block(examples: int, mutants: int) -> list[Case]:
     return _source.block(examples, mutants)
 
 
-async def fuzz(server: Served, requests: int, *, seed: int = 0, clients: int = 16) -> Tally:
+async def fuzz(
+    server: Served, requests: int, *, seed: int = 0, clients: int = 16, patience_s: float = 30.0
+) -> Tally:
     """Send so many requests. Faults are told in the tally, none is raised."""
     specs = {guide: server.get("/openapi.json", guide) for guide in (False, True)}
     tally, judge = Tally(), Judge(specs)
@@ -158,7 +171,7 @@ async def fuzz(server: Served, requests: int, *, seed: int = 0, clients: int = 1
     host = f"127.0.0.1:{server.ports[False]}"
 
     async def client() -> None:
-        caller = Caller(server.ports)
+        caller = Caller(server.ports, patience_s)
         while (case := await queue.get()) is not None:
             await _try(caller, case, judge, tally)
         caller.close()
@@ -196,7 +209,7 @@ async def _try(caller: Caller, case: Case, judge: Judge, tally: Tally) -> None:
         status = str(answer.status or "none")
         tally.streams += answer.headers.get("content-type", "").startswith("text/event-stream")
     except TimeoutError:
-        status, faults = "hang", ["no answer in 30 s"]
+        status, faults = "hang", ["no answer in time"]
     except NoHttpError as error:
         status, faults = "no HTTP", [f"no HTTP: {error}"]
     tally.add(case, status, faults, time.perf_counter() - began)

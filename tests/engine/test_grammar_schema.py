@@ -28,7 +28,21 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
     {"type": "string", "format": "date"},
     {"allOf": [{"type": "integer", "multipleOf": 3}]},
 )
-WRONG = (None, True, 0.5, -1, 10**30, "", "nothing", "#/$defs/none", [], [[]], {}, {"type": {}}, [1])
+WRONG = (
+    None,
+    True,
+    0.5,
+    -1,
+    10**30,
+    "",
+    "nothing",
+    "#/$defs/none",
+    [],
+    [[]],
+    {},
+    {"type": {}},
+    [1],
+)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -115,7 +115,8 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
     ours, theirs = socket.socketpair()
     inbox = Inbox(theirs)
     context = running.service.context
-    told = Ready(context, 16 * context, ready_engine.max_running, running.service.vocab_size, "cpu")
+    known = running.service.vocab_size
+    told = Ready(context, 16 * context, ready_engine.max_running, known, "cpu", page_size=16)
     server = Server(ready_engine, theirs, inbox)  # type: ignore[arg-type]
 
     def compute() -> None:

@@ -15,7 +15,7 @@ from xverse.server import body
 from xverse.server.context import Context
 from xverse.server.gate import OPEN, Traffic
 from xverse.server.presence import ClientGoneError
-from xverse.server.refusals import Refusal, of_model
+from xverse.server.refusals import Refusal, of_model, our_failure
 from xverse.server.replies import ErrorReply
 from xverse.server.routes import ROUTES, Route
 from xverse.server.service import Service
@@ -46,6 +46,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientGoneError, _gone)
     app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _failed)
     _complete_openapi(app, routes)
     return app
 
@@ -129,6 +130,11 @@ async def _http(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {error.detail}."
     refusal = Refusal(error.status_code, message, headers=dict(error.headers or {}))
     return await _refused(request, refusal)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A mistake of ours; the gate writes it down."""
+    return await _refused(request, our_failure())
 
 
 async def _gone(request: Request, error: Exception) -> Response:

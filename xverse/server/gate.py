@@ -13,7 +13,7 @@ from xverse.log import logger
 from xverse.server.journal import Journal
 from xverse.server.limits import Keys
 from xverse.server.metrics import Metrics
-from xverse.server.refusals import Refusal, draining
+from xverse.server.refusals import Refusal, draining, our_failure
 
 OPEN = frozenset({"/health", "/ready"})
 MAX_HEADERS = 100
@@ -82,8 +82,7 @@ class Gate:
         except Exception:
             logger.exception("request %s failed", name)
             if not status:
-                error = Refusal(500, "The server failed. Its log has more.", code="internal_error")
-                await error.response()(scope, receive, named)
+                await our_failure().response()(scope, receive, named)
         finally:
             self.traffic.active -= 1
             self._note(scope, name, status, time.perf_counter() - began)

@@ -40,13 +40,14 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Engine -> API: the model is loaded. `context` and `capacity` are in tokens."""
+    """Engine -> API: the model is loaded. `context`, `capacity` and `page_size` are in tokens."""
 
     context: int
     capacity: int
     max_running: int
     vocab_size: int
     device: str
+    page_size: int
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):

@@ -1,7 +1,6 @@
 """BYTES -> HTTP. uvicorn's HTTP/1.1 connection, which waits for nobody and refuses in our form."""
 
 from asyncio import BaseTransport, TimerHandle
-from typing import cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -16,7 +15,7 @@ class Connection(H11Protocol):
 
     _late: TimerHandle | None = None
 
-    def connection_made(self, transport: BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: BaseTransport) -> None:
         """A client is there, and has to say something."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._watch()
@@ -68,7 +67,7 @@ class Connection(H11Protocol):
             )
             events = (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage())
             for event in events:
-                self.transport.write(cast(bytes, self.conn.send(event)))
+                self.transport.write(self.conn.send(event))
         if self.cycle is not None:  # whoever is at work on it has nobody to answer any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -72,6 +72,7 @@ class Running:
             self.supervisor,
             queue,
             self.metrics,
+            start,
         )
         self._mount = mount
         self._hurry = False
