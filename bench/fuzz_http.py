@@ -33,11 +33,15 @@ class Caller:
     async def ask(self, case: Case) -> Answer:
         """Send it and read what comes. NoHttpError where that is none, TimeoutError for a hang."""
         async with asyncio.timeout(self._patience_s):
-            try:
-                return await self._ask(case)
-            except (ConnectionError, asyncio.IncompleteReadError):
-                self._drop(case.guide)
-                return Answer(0)
+            # A server may close a connection that was kept at the moment it is used again.
+            for kept in (case.guide in self._open, False):
+                try:
+                    return await self._ask(case)
+                except (ConnectionError, asyncio.IncompleteReadError):
+                    self._drop(case.guide)
+                    if not kept:
+                        break
+            return Answer(0)
 
     def close(self) -> None:
         """Close all connections."""

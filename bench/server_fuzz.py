@@ -66,6 +66,8 @@ def write_model(folder: Path) -> None:
     config = folder / "config.json"
     facts = {**json.loads(config.read_text()), "max_position_embeddings": CONTEXT}
     config.write_text(json.dumps(facts))
+    options = folder / "generation_config.json"  # answers that are short where nothing says so
+    options.write_text(json.dumps({**json.loads(options.read_text()), "max_new_tokens": 8}))
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def _add(app: FastAPI, route: Route, service: Service, traffic: Traffic, max_cho
         context = Context(service, traffic, request, max_choices)
         if route.asked is None:
             return await route.answer(context)
+        context.admit()
         return await route.answer(context, await body.read(request, route.asked))
 
     replies: dict[int | str, dict[str, Any]] = {
