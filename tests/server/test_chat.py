@@ -1,5 +1,6 @@
 """Chat completions through the openai package: equal to LLM, streams join, limits are named."""
 
+import shutil
 from pathlib import Path
 
 import httpx
@@ -9,6 +10,9 @@ from openai import OpenAI
 
 from tests.server.inside import Inside
 from xverse import LLM, Sampling
+from xverse.checkpoint.load import open_checkpoint
+from xverse.server.fingerprint import fingerprint
+from xverse.server.messages import Start
 
 HELLO = [{"role": "user", "content": "Hello"}]
 GREEDY = {
@@ -217,3 +221,60 @@ def test_what_is_out_of_bounds_is_refused(http: httpx.Client, more: dict[str, ob
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_usage_tells_what_was_found_in_shared_pages(client: OpenAI) -> None:
+    """A page has 16 tokens; of the prompt the last token is always computed."""
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "A" * 40}], "max_tokens": 2}
+    first = client.chat.completions.create(**asked)
+    again = client.chat.completions.create(**asked, n=2)
+    assert first.usage is not None
+    full = first.usage.prompt_tokens // 16 * 16
+    reusable = (first.usage.prompt_tokens - 1) // 16 * 16
+    assert details(first) == {"cached_tokens": 0, "cache_write_tokens": full}
+    assert details(again) == {"cached_tokens": reusable, "cache_write_tokens": full - reusable}
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options=options))
+    assert details(chunks[-1]) == details(again)
+    text = {"model": "tiny", "prompt": "B" * 40, "max_tokens": 2}
+    assert details(client.completions.create(**text))["cached_tokens"] == 0
+    assert details(client.completions.create(**text, n=2))["cached_tokens"] > 0
+    streamed = list(client.completions.create(**text, stream=True, stream_options=options))
+    assert details(streamed[-1])["cached_tokens"] > 0
+    items = {"model": "tiny", "input": "C" * 40, "max_output_tokens": 2}
+    for cached in (False, True):
+        usage = client.responses.create(**items).usage
+        assert usage is not None
+        assert bool(usage.input_tokens_details.cached_tokens) == cached
+    *_, last = client.responses.create(**items, stream=True)
+    assert last.response.usage.input_tokens_details.cached_tokens > 0
+
+
+def details(answer: object) -> dict[str, int]:
+    return answer.usage.prompt_tokens_details.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+
+
+def test_the_fingerprint_names_what_answers(client: OpenAI, server: Inside) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+    name = answer.system_fingerprint
+    assert name is not None
+    assert name.startswith("fp_")
+    chunks = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, stream=True)
+    assert {chunk.system_fingerprint for chunk in chunks} == {name}
+    text = client.completions.create(model="tiny", prompt="a", max_tokens=2)
+    assert text.system_fingerprint == name
+
+
+def test_the_fingerprint_follows_weights_and_options(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folder, copy)
+    start = Start(model=str(folder))
+    name = fingerprint(open_checkpoint(folder), start, "cpu")
+    assert fingerprint(open_checkpoint(copy), Start(model=str(copy)), "cpu") == name
+    assert fingerprint(open_checkpoint(folder), start, "cuda:0") != name
+    assert fingerprint(open_checkpoint(folder), Start(model="", quantize=4), "cpu") != name
+    shard = next(copy.glob("pytorch_model-00002*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert fingerprint(open_checkpoint(copy), start, "cpu") != name

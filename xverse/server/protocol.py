@@ -53,7 +53,8 @@ class Connection(H11Protocol):
             self._late = None
 
     def _too_late(self) -> None:
-        self._refuse(Refusal(408, f"The headers did not arrive within {HEAD_S:g} s."))
+        why = f"The headers did not arrive within {HEAD_S:g} s."
+        self._refuse(Refusal(408, why, code="request_timeout"))
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer, if an answer can still be given, and hang up."""
