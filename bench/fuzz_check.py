@@ -137,7 +137,8 @@ def _event_faults(route: str, content: dict[str, Any]) -> Iterator[str]:
         yield f"an event of no known type: {str(content)[:80]}"
         return
     if route == "/v1/completions":  # its type has no null there, which OpenAI's streams have
-        ended = [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in content["choices"]]
+        choices = content.get("choices", [])
+        ended = [{**c, "finish_reason": c.get("finish_reason") or "stop"} for c in choices]
         content = {**content, "choices": ended}
     try:
         model.model_validate(content)

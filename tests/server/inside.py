@@ -121,7 +121,7 @@ def inside(
     inbox = Inbox(theirs)
     context = running.service.context
     known = running.service.vocab_size
-    told = Ready(context, 16 * context, ready_engine.max_running, known, "cpu", page_size=16)
+    told = Ready(context, 16 * context, ready_engine.max_running, known, "cpu", shared_page=16)
     server = Server(ready_engine, theirs, inbox)  # type: ignore[arg-type]
 
     def compute() -> None:

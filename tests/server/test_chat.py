@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.inside import Inside
+from tests.server.inside import Inside, inside
 from xverse import LLM, Sampling
 from xverse.checkpoint.load import open_checkpoint
 from xverse.server.fingerprint import fingerprint
@@ -223,31 +223,38 @@ def test_what_is_out_of_bounds_is_refused(http: httpx.Client, more: dict[str, ob
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_usage_tells_what_was_found_in_shared_pages(client: OpenAI) -> None:
+def test_usage_tells_what_was_found_in_shared_pages(folder: Path) -> None:
     """A page has 16 tokens; of the prompt the last token is always computed."""
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "A" * 40}], "max_tokens": 2}
-    first = client.chat.completions.create(**asked)
-    again = client.chat.completions.create(**asked, n=2)
-    assert first.usage is not None
-    full = first.usage.prompt_tokens // 16 * 16
-    reusable = (first.usage.prompt_tokens - 1) // 16 * 16
-    assert details(first) == {"cached_tokens": 0, "cache_write_tokens": full}
-    assert details(again) == {"cached_tokens": reusable, "cache_write_tokens": full - reusable}
-    options = {"include_usage": True}
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options=options))
-    assert details(chunks[-1]) == details(again)
-    text = {"model": "tiny", "prompt": "B" * 40, "max_tokens": 2}
-    assert details(client.completions.create(**text))["cached_tokens"] == 0
-    assert details(client.completions.create(**text, n=2))["cached_tokens"] > 0
-    streamed = list(client.completions.create(**text, stream=True, stream_options=options))
-    assert details(streamed[-1])["cached_tokens"] > 0
-    items = {"model": "tiny", "input": "C" * 40, "max_output_tokens": 2}
-    for cached in (False, True):
-        usage = client.responses.create(**items).usage
-        assert usage is not None
-        assert bool(usage.input_tokens_details.cached_tokens) == cached
-    *_, last = client.responses.create(**items, stream=True)
-    assert last.response.usage.input_tokens_details.cached_tokens > 0
+    engine = LLM(folder, dtype="float32", deterministic=True).engine
+    with (
+        inside(folder, engine) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chat = {"messages": [{"role": "user", "content": "A" * 40}], "max_tokens": 2}
+        first = client.chat.completions.create(model="tiny", **chat)
+        again = client.chat.completions.create(model="tiny", n=2, **chat)
+        assert first.usage is not None
+        full = first.usage.prompt_tokens // 16 * 16
+        reusable = (first.usage.prompt_tokens - 1) // 16 * 16
+        assert reusable > 0
+        assert details(first) == {"cached_tokens": 0, "cache_write_tokens": full}
+        both = {"cached_tokens": reusable, "cache_write_tokens": full - reusable}
+        assert details(again) == both
+        told = {"stream": True, "stream_options": {"include_usage": True}}
+        assert details([*client.chat.completions.create(model="tiny", **chat, **told)][-1]) == both
+        text = {"prompt": "B" * 40, "max_tokens": 2}
+        assert details(client.completions.create(model="tiny", **text))["cached_tokens"] == 0
+        two = details(client.completions.create(model="tiny", n=2, **text))
+        assert two["cached_tokens"] > 0
+        assert details([*client.completions.create(model="tiny", **text, **told)][-1]) == two
+        items = {"input": "C" * 40, "max_output_tokens": 2}
+        usages = [client.responses.create(model="tiny", **items).usage for _ in range(2)]
+        *_, last = client.responses.create(model="tiny", stream=True, **items)
+        cached = [
+            each.input_tokens_details.cached_tokens for each in (*usages, last.response.usage)
+        ]
+        assert cached[0] == 0
+        assert cached[1] == cached[2] > 0
 
 
 def details(answer: object) -> dict[str, int]:

@@ -76,7 +76,7 @@ def _ready(llm: LLM) -> Ready:
         max_running=engine.max_running,
         vocab_size=engine.decoder.shape.vocab_size,
         device=str(next(engine.decoder.parameters()).device),
-        page_size=engine.options.page_size,
+        shared_page=engine.options.page_size if engine.options.share_prefixes else 0,
     )
 
 

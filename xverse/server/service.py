@@ -60,7 +60,7 @@ class Service:
         self.supervisor, self.queue, self.metrics = supervisor, queue, metrics
         self.created = int(time.time())
         self.fingerprint = ""  # told by `note_ready`, before which nothing is answered
-        self._start, self._page_size = start, 1
+        self._start, self._shared_page = start, 0
 
     @property
     def context(self) -> int:
@@ -81,7 +81,7 @@ class Service:
         that a place that becomes free is taken in the very next step."""
         self.queue.slots = ready.max_running + max(2, ready.max_running // 8)
         self.fingerprint = fingerprint(self.checkpoint, self._start, ready.device)
-        self._page_size = ready.page_size
+        self._shared_page = ready.shared_page
 
     def require_model(self, name: str) -> None:
         """Refusal (404) where the client means another model."""
@@ -174,7 +174,8 @@ class Service:
     def cache_use(self, prompts: Sequence[Prompt], reused: int) -> dict[str, int]:
         """Of these prompts' tokens, how many came from shared pages, and how many went into such:
         only full pages are shared."""
-        full = sum(len(each.ids) // self._page_size * self._page_size for each in prompts)
+        page = self._shared_page
+        full = sum(len(each.ids) // page * page for each in prompts) if page else 0
         return {"cached_tokens": reused, "cache_write_tokens": full - reused}
 
     async def pieces(
