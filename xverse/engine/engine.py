@@ -306,7 +306,8 @@ class Engine:
         if finish:
             self.scheduler.landed([generation])
             self.abort(number)
-        yield Token(number, choice.id, finish, choice.logprob, choice.top)
+        reused = (generation.reused or 0) if first else 0
+        yield Token(number, choice.id, finish, choice.logprob, choice.top, reused)
 
     def _finish(self, generation: Generation, place: int) -> Finish | None:
         sampling, latest = generation.request.sampling, generation.ids[place]

@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 from xverse import log
 from xverse.device import env
@@ -75,6 +76,7 @@ def _ready(llm: LLM) -> Ready:
         max_running=engine.max_running,
         vocab_size=engine.decoder.shape.vocab_size,
         device=str(next(engine.decoder.parameters()).device),
+        shared_page=engine.options.page_size if engine.options.share_prefixes else 0,
     )
 
 
@@ -129,7 +131,7 @@ class Server:
                 continue  # aborted while the step was under way
             last = True
             if isinstance(output, Token):
-                tokens.append(Token(number, output.id, output.finish, output.logprob, output.top))
+                tokens.append(replace(output, request=number))
                 last = output.finish is not None
             elif isinstance(output, Failed):
                 failures.append(_failure(number, output.error))

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from xverse.checkpoint.load import open_checkpoint, open_tokenizer
+from xverse.checkpoint.load import Checkpoint, open_checkpoint, open_tokenizer
 from xverse.checkpoint.resolve import resolve, title_of
 from xverse.errors import XverseError
 from xverse.server.app import build_app
@@ -22,12 +22,15 @@ from xverse.server.limits import Keys
 from xverse.server.messages import Ready
 from xverse.server.metrics import Metrics
 from xverse.server.options import ServeOptions
+from xverse.server.protocol import Connection
 from xverse.server.queue import FairQueue
 from xverse.server.routes import GUIDE_ROUTES
 from xverse.server.service import Service
 from xverse.server.supervisor import Supervisor
 
-Mount = Callable[[FastAPI, str], object]  # adds pages to the app; given the server's own address
+# Adds pages to the app, given the server's own address and its model; what it returns stands
+# before the gate.
+Mount = Callable[[FastAPI, str, Checkpoint], Callable[[ASGIApp], ASGIApp]]
 QUIET_S = 0.05  # between two looks whether the last request is done
 
 
@@ -71,6 +74,7 @@ class Running:
             self.supervisor,
             queue,
             self.metrics,
+            start,
         )
         self._mount = mount
         self._hurry = False
@@ -82,14 +86,15 @@ class Running:
         options = self.options
         app = build_app(self.service, self.traffic, max_choices=options.max_choices)
         ear = listen(options.host, options.port)
-        servers = [(self._server(app), ear)]
+        before = None
+        if self._mount is not None:
+            before = self._mount(app, url_of(ear), self.service.checkpoint)
+        servers = [(self._server(app, before), ear)]
         guide = None
         if options.guide_port is not None:
             guide = listen(options.host, options.guide_port)
             pages = build_app(self.service, self.traffic, routes=GUIDE_ROUTES)
             servers.append((self._server(pages), guide))
-        if self._mount is not None:
-            self._mount(app, url_of(ear))
 
         def engine_ready(told: Ready) -> None:
             self.service.note_ready(told)
@@ -126,8 +131,8 @@ class Running:
             await asyncio.sleep(QUIET_S)
         self.journal.write("stopping", active=self.traffic.active)
 
-    def _server(self, app: ASGIApp) -> "_Quiet":
-        gate = Gate(
+    def _server(self, app: ASGIApp, before: Callable[[ASGIApp], ASGIApp] | None = None) -> "_Quiet":
+        gate: ASGIApp = Gate(
             app,
             keys=self.keys,
             hosts={self.options.host, *self.options.allowed_hosts},
@@ -136,13 +141,14 @@ class Running:
             journal=self.journal,
         )
         config = uvicorn.Config(
-            gate,
+            gate if before is None else before(gate),
             # The other parser has no bound on headers, which would be memory for anybody to take.
-            http="h11",
+            http=Connection,
             h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
             ws="none",
-            lifespan="off",
+            lifespan="off" if before is None else "on",  # pages start their queue there
             log_config=None,
+            log_level="error",  # its warnings are of what clients do wrong, in lines of no form
             access_log=False,
             server_header=False,
             proxy_headers=False,
