@@ -29,6 +29,9 @@ from xverse.server.supervisor import Supervisor
 
 Mount = Callable[[FastAPI, str], object]  # adds pages to the app; given the server's own address
 QUIET_S = 0.05  # between two looks whether the last request is done
+# Of silence, until a connection is closed: longer than clients (5 s) and proxies (60 s) keep
+# theirs, for whoever closes must not be the one who does not know that a request is on its way.
+KEEP_ALIVE_S = 75
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Running:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,  # whoever is to be waited for has been waited for
             backlog=2048,
         )
