@@ -1,6 +1,7 @@
 """Clients that go, and engines that do: work ends with its reader, readers hear of the end."""
 
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -118,6 +119,30 @@ def test_silence_is_filled_with_comments(folder: Path, monkeypatch: pytest.Monke
             lines = list(answer.iter_lines())
     assert lines.count(": keep-alive") >= 3
     assert lines[-2] == "data: [DONE]"
+
+
+def test_a_client_that_reads_nothing_gives_its_place_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xverse.server.sse.STALL_S", 0.3)
+    engine = Scripted(lambda _: [75] * 199 + [3])
+    with inside(folder, engine) as server, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        # 25,000 events of 200 bytes: more than the system keeps for who does not read.
+        asked = {"model": "tiny", "prompt": ["a"] * 128, "max_tokens": 200, "stream": True}
+        body = json.dumps({**asked, "stream_options": {"include_usage": True}}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        deaf.sendall(head.encode() + body)
+        until(lambda: engine.requests)
+        until(lambda: server.running.service.queue.used == 0, 60)
+        until(lambda: server.running.traffic.active == 0)
+        deaf.settimeout(30)
+        heard = b""
+        while part := deaf.recv(2**20):
+            heard += part
+        assert b"[DONE]" not in heard
 
 
 def test_what_the_engine_refuses_has_its_own_status(folder: Path) -> None:

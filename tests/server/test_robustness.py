@@ -1,6 +1,10 @@
 """The server as a process, ill-treated: the parts of bench/server_chaos.py in small."""
 
 import asyncio
+import json
+import signal
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +50,26 @@ def test_a_stop_loses_nobody(subject: Subject, number: int) -> None:
     with serve(subject.model, *FLAGS, "--drain-seconds", "120") as served:
         wait(served.ready)
         asyncio.run(stop(subject, served))
+
+
+def test_a_stop_waits_for_who_reads_slowly(subject: Subject) -> None:
+    body = json.dumps({"prompt": "a b " * 750_000}).encode()  # whose ids are 8 MB of JSON
+    head = "POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with serve(subject.model, *FLAGS, "--drain-seconds", "120") as served, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", served.port))
+        slow.sendall(head.encode() + body)
+        heard = slow.recv(4096)
+        served.process.send_signal(signal.SIGTERM)
+        wait(lambda: said(served, '"stopping"'))
+        time.sleep(1.5)  # a server that does not wait is gone by then, and the test fails
+        while part := slow.recv(2**20):
+            heard += part
+        assert served.process.wait(60) == 0
+    head, _, content = heard.partition(b"\r\n\r\n")
+    assert f"content-length: {len(content)}".encode() in head
+    assert json.loads(content)["count"] >= 1_500_000
 
 
 def test_an_engine_does_not_outlive_its_api_process(subject: Subject) -> None:
