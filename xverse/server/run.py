@@ -1,9 +1,10 @@
 """OPTIONS -> A SERVER THAT RUNS. Listens, keeps the engine alive, ends in order on SIGTERM."""
 
 import asyncio
+import math
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ from xverse.server.supervisor import Supervisor
 # before the gate.
 Mount = Callable[[FastAPI, str, Checkpoint], Callable[[ASGIApp], ASGIApp]]
 QUIET_S = 0.05  # between two looks whether the last request is done
+# Of silence, until a connection is closed: longer than clients (5 s) and proxies (60 s) keep
+# theirs, for whoever closes must not be the one who does not know that a request is on its way.
+KEEP_ALIVE_S = 75
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Running:
         )
         self._mount = mount
         self._hurry = False
+        self._left_s = 1  # for what is written to arrive
 
     async def run(
         self, listening: Callable[[Listening], None], ready: Callable[[Ready], None]
@@ -105,7 +110,7 @@ class Running:
         engine = asyncio.ensure_future(self.supervisor.run(engine_ready))
         heard = [asyncio.ensure_future(server.serve([ear])) for server, ear in servers]
         stop = asyncio.Event()
-        with self._signals(stop):
+        with self._signals(stop, [server for server, _ in servers]):
             listening(Listening(url_of(ear), url_of(guide) if guide else None))
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait({engine, stopping, *heard}, return_when=asyncio.FIRST_COMPLETED)
@@ -113,6 +118,8 @@ class Running:
                 await self._drain(engine)
             stopping.cancel()
             for server, _ in servers:
+                # Answers that are done may still be on their way to who reads slowly.
+                server.config.timeout_graceful_shutdown = self._left_s
                 server.should_exit = True
             await asyncio.gather(*heard)
             if engine.done():
@@ -129,6 +136,8 @@ class Running:
         until = loop.time() + self.options.drain_s
         while self.traffic.active and loop.time() < until and not (engine.done() or self._hurry):
             await asyncio.sleep(QUIET_S)
+        if not self._hurry:
+            self._left_s = max(1, math.ceil(until - loop.time()))
         self.journal.write("stopping", active=self.traffic.active)
 
     def _server(self, app: ASGIApp, before: Callable[[ASGIApp], ASGIApp] | None = None) -> "_Quiet":
@@ -152,18 +161,20 @@ class Running:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=1,  # whoever is to be waited for has been waited for
+            timeout_keep_alive=KEEP_ALIVE_S,
             backlog=2048,
         )
         return _Quiet(config)
 
     @contextmanager
-    def _signals(self, stop: asyncio.Event) -> Iterator[None]:
+    def _signals(self, stop: asyncio.Event, servers: "Sequence[_Quiet]") -> Iterator[None]:
         """The first signal stops the server in order, and a second one at once."""
         loop = asyncio.get_running_loop()
 
         def heard() -> None:
             self._hurry = stop.is_set()
+            for server in servers:
+                server.force_exit = self._hurry
             stop.set()
 
         known = (signal.SIGTERM, signal.SIGINT)

@@ -197,10 +197,9 @@ class Service:
         async with self._flow(tenant, requests, watch) as flow:
             try:
                 async for batch in flow.batches():
-                    watch.tokens(sum(not isinstance(given, Scores) for given in batch))
+                    watch.tokens(sum(not isinstance(given, Scores) for _, given in batch))
                     found: list[tuple[int, Piece]] = []
-                    for given in batch:
-                        place = given.request
+                    for place, given in batch:
                         output = outputs[place]
                         if place not in open_places:
                             continue  # computed before the engine heard of the stop string
@@ -232,7 +231,7 @@ class Service:
         watch = Watch(self.metrics, sum(len(request.ids) for request in requests))
         async with self._flow(tenant, asked, watch) as flow:
             async for batch in flow.batches():
-                found |= {each.request: each for each in batch if isinstance(each, Scores)}
+                found |= {place: each for place, each in batch if isinstance(each, Scores)}
         tenant.spend_tokens(watch.prompt_tokens)
         watch.end(facts)
         return [found[place] for place in range(len(requests))]
