@@ -20,7 +20,8 @@ from xverse.model.decoder import Decoder
 from xverse.model.linear import StackedLinear
 from xverse.model.shape import ModelShape
 from xverse.quant.linear import QuantizedLinear, integers_from_disk
-from xverse.quant.quantize import replace_linears
+from xverse.quant.quantize import replace_layers, rounded_layer
+from xverse.quant.recipe import Recipe
 from xverse.quant.scheme import Scheme
 from xverse.text.tokenizer import Tokenizer
 
@@ -132,7 +133,7 @@ def build(
         decoder = Decoder(checkpoint.shape)
         if isinstance(quantized, Mapping):
             scheme = Scheme.from_config(quantized)
-            replace_linears(decoder, lambda layer: QuantizedLinear.of(layer, scheme))
+            replace_layers(decoder, Recipe(scheme), rounded_layer)
     reader = _Reader(weights, decoder, dtype, device)
     steps = reader.steps(keep)
     for fill in progress(steps, total=len(steps), label="loading"):
