@@ -18,13 +18,14 @@ from xverse.quant.rounding import Rounded, nearest, searched, worth
 from xverse.quant.scheme import Scheme
 
 Method = Literal["auto", "rtn", "search", "gptq", "awq"]
+CALIBRATED = ("gptq", "awq")  # the methods that look at samples
 
 
 def choose_method(method: Method, scheme: Scheme, *, samples: bool) -> Method:
     """What "auto" means for a scheme: GPTQ where there are samples, else a search of scales for
     groups, and plain rounding for fp8 and for the published rows. XverseError for what cannot be.
     """
-    if method in ("gptq", "awq") and not samples:
+    if method in CALIBRATED and not samples:
         raise XverseError(
             f"{method} rounds by what samples of text do in the model, and there are none.",
             "It weighs errors by the inputs that a layer meets.",
@@ -56,7 +57,7 @@ def quantize_block(
     """
     moments: Mapping[str, Moments] = {}
     dtype = next(block.parameters()).dtype
-    if passage is not None and method in ("gptq", "awq"):
+    if passage is not None and method in CALIBRATED:
         with observed(block) as moments:
             passage.pass_by(block)
         if method == "awq":

@@ -39,10 +39,10 @@ class Passage:
             self.hidden[number] = self._through(block, number).cpu()
 
     @torch.no_grad()
-    def logits(self, number: int) -> Tensor:
-        """Scores [T, V] of a sample that has passed all blocks, by the decoder's norm and head."""
-        x_TD = self.decoder.model.norm(self.hidden[number].to(self.device))
-        return self.decoder.logits(x_TD)
+    def final(self, number: int) -> Tensor:
+        """Normalized hidden states [T, D] of a sample that has passed all blocks."""
+        x_TD: Tensor = self.decoder.model.norm(self.hidden[number].to(self.device))
+        return x_TD
 
     def _through(self, block: nn.Module, number: int) -> Tensor:
         x_TD = self.hidden[number].to(self.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from xverse.errors import XverseError
 from xverse.log import progress
 from xverse.model.decoder import Decoder
-from xverse.quant.calibrate import Method, choose_method, quantize_block, relative_error
+from xverse.quant.calibrate import CALIBRATED, Method, choose_method, quantize_block, relative_error
 from xverse.quant.embedding import QuantizedEmbedding
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.passage import Passage
@@ -32,9 +32,9 @@ def quantize(
     """
     recipe = Recipe.of(what).fitting(decoder.shape)
     if any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
-        raise _quantized_already()
+        raise quantized_already()
     chosen = choose_method(method, recipe.scheme, samples=bool(samples))
-    passage = Passage(decoder, samples) if samples and chosen in ("gptq", "awq") else None
+    passage = Passage(decoder, samples) if samples and chosen in CALIBRATED else None
     blocks = decoder.model.layers
     for block in progress(blocks, total=len(blocks), label="quantizing"):
         quantize_block(block, recipe.scheme, chosen, passage)
@@ -63,7 +63,7 @@ def quantize_ends(decoder: Decoder, recipe: Recipe, method: Method) -> dict[str,
 def quantize_module(name: str, module: nn.Module, recipe: Recipe) -> nn.Module:
     """What `quantize` makes of the module `name` of a decoder; for one that is being loaded."""
     if isinstance(module, QuantizedLinear):
-        raise _quantized_already()
+        raise quantized_already()
     scheme = recipe.scheme_of(name, module)
     return module if scheme is None else rounded_layer(name, module, scheme)
 
@@ -91,7 +91,8 @@ def replace_layers(
     return decoder
 
 
-def _quantized_already() -> XverseError:
+def quantized_already() -> XverseError:
+    """The refusal to quantize twice."""
     return XverseError(
         "This model is quantized already.",
         "Rounding rounded weights again would only lose more.",
