@@ -7,9 +7,11 @@ that fall in the order of the merges give the same ids. ByteLevel vocabularies b
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from xverse.checkpoint.gguf_tokenizer import BYTE, CONTROL, CUTS, NORMAL, UNUSED, USER_DEFINED
+from xverse.checkpoint.gguf_tokenizer import Cut as Pieces
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.text.spelling import BYTE_TOKEN
@@ -54,9 +56,7 @@ def differing(tokenizer: Tokenizer, other: Tokenizer) -> tuple[int, int]:
         if len(data) > 1 and (text := _text(data)):
             texts.append(text)
     far = len(texts) // 2
-    texts += [
-        first + second for first, second in zip(texts, texts[far:] + texts[:far], strict=True)
-    ]
+    texts += [first + second for first, second in zip(texts, texts[far:] + texts[:far], strict=True)]
     wrong = [
         text
         for text in texts
@@ -178,9 +178,7 @@ def _tokens(tokenizer: Tokenizer, rows: int, byte_level: bool) -> tuple[list[str
         elif not byte_level and BYTE_TOKEN.fullmatch(token):
             kind = BYTE
         elif "\0" in token:
-            kind = (
-                UNUSED  # llama.cpp reads tokens up to a zero byte: it takes the byte token instead
-            )
+            kind = UNUSED  # llama.cpp reads tokens up to a zero byte: it takes the byte token instead
         tokens.append(token)
         types.append(kind)
     return tokens, types
