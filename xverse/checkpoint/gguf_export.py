@@ -168,16 +168,16 @@ def _tensors(shape: ModelShape, weights: Weights, type: str) -> list[Outgoing]:
         tensors.append(Outgoing(_stored_name(name), dims, kind, read))
     divisors = _divisors(shape)
     if divisors is not None:
-        tensors.append(
-            Outgoing(gguf.ROPE_DIVISORS, tuple(divisors.shape), "F32", lambda: divisors)
-        )
+        tensors.append(Outgoing(gguf.ROPE_DIVISORS, tuple(divisors.shape), "F32", lambda: divisors))
     return tensors
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], infos: Mapping[str, TensorInfo]) -> None:
     found = {name: info.shape for name, info in infos.items()}
     if found != wanted:
-        wrong = sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
+        wrong = sorted(
+            name for name in wanted.keys() | found if wanted.get(name) != found.get(name)
+        )
         raise XverseError(
             f"config.json and the weights belong to different models: {', '.join(wrong[:4])}.",
             f"{len(wrong)} tensors are absent, too many or of another shape.",

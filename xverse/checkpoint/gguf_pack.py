@@ -56,7 +56,7 @@ def _q5_0(x: Tensor) -> Tensor:
 
 
 def _from_the_largest(x: Tensor, zero: int) -> tuple[Tensor, Tensor]:
-    """ggml's rule for Q4_0 and Q5_0: the value of largest size becomes the integer -zero exactly."""
+    """ggml's rule for Q4_0 and Q5_0: the value of largest size is the integer -zero exactly."""
     largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
     scale = largest / x.new_tensor(float(-zero))
     q = (x * _inverse(scale) + (zero + 0.5)).trunc().clamp(0, 2 * zero - 1)
@@ -153,7 +153,7 @@ def _half(numbers: Tensor) -> Tensor:
 
 
 def _nibbles(q: Tensor, group: int) -> Tensor:
-    """Of every 2 * `group` numbers 0..15, the first half in the low bits, the second in the high."""
+    """Of every 2 * `group` numbers 0..15, the first half in the low bits, the rest in the high."""
     low, high = q.view(len(q), -1, 2, group).unbind(2)
     return (low | high << 4).flatten(1)
 

@@ -7,11 +7,9 @@ that fall in the order of the merges give the same ids. ByteLevel vocabularies b
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from xverse.checkpoint.gguf_tokenizer import BYTE, CONTROL, CUTS, NORMAL, UNUSED, USER_DEFINED
-from xverse.checkpoint.gguf_tokenizer import Cut as Pieces
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.text.spelling import BYTE_TOKEN
@@ -49,31 +47,15 @@ def differing(tokenizer: Tokenizer, other: Tokenizer) -> tuple[int, int]:
     The texts are all pieces that merging makes, alone and each behind another one: where two ways
     to merge could disagree, it would be here.
     """
-    special = tokenizer.special_ids
-    texts = []
-    for id in range(tokenizer.vocab_size):
-        data = b"" if id in special else tokenizer.token_bytes(id) if _has(tokenizer, id) else b""
-        if len(data) > 1 and (text := _text(data)):
-            texts.append(text)
-    far = len(texts) // 2
-    texts += [first + second for first, second in zip(texts, texts[far:] + texts[:far], strict=True)]
-    wrong = [
-        text
-        for text in texts
-        if tokenizer.encode(text, add_special=False) != other.encode(text, add_special=False)
-    ]
-    return len(texts), len(wrong)
-
-
-def _has(tokenizer: Tokenizer, id: int) -> bool:
-    return tokenizer.backend.id_to_token(id) is not None
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return ""
+    present = set(tokenizer.backend.get_vocab().values()) - tokenizer.special_ids
+    spelled = (tokenizer.token_bytes(id) for id in sorted(present))
+    pieces = [text for data in spelled if len(text := data.decode(errors="ignore")) > 1]
+    far = len(pieces) // 2
+    pairs = zip(pieces, pieces[far:] + pieces[:far], strict=True)
+    texts = pieces + [first + second for first, second in pairs]
+    theirs = (other.encode(text, add_special=False) for text in texts)
+    ours = (tokenizer.encode(text, add_special=False) for text in texts)
+    return len(texts), sum(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
@@ -178,7 +160,7 @@ def _tokens(tokenizer: Tokenizer, rows: int, byte_level: bool) -> tuple[list[str
         elif not byte_level and BYTE_TOKEN.fullmatch(token):
             kind = BYTE
         elif "\0" in token:
-            kind = UNUSED  # llama.cpp reads tokens up to a zero byte: it takes the byte token instead
+            kind = UNUSED  # llama.cpp reads up to the zero byte, and takes the byte token instead
         tokens.append(token)
         types.append(kind)
     return tokens, types

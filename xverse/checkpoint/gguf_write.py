@@ -17,12 +17,15 @@ from xverse.log import progress
 
 ALIGNMENT = 32  # what readers assume where a file does not say
 ELEMENTS_AT_ONCE = 2**20  # packed through fp32 in pieces of 4 MB, which stay in the cache
+# Beyond these f16 has no number; scales are f16, and at least 8 times smaller than the largest.
+LARGEST = {"F16": 65520.0, "F32": math.inf, "BF16": math.inf}
+LARGEST_PACKED = 8 * 65504.0
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # the types of metadata values
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be written: `shape` in PyTorch's order, rows first; `read` gives it, any dtype."""
+    """A tensor to be: `shape` in PyTorch's order, rows first; `read` gives it, of any dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,18 +65,13 @@ def _packed(tensor: Outgoing) -> Iterator[memoryview]:
     assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)}"
     for piece in values.reshape(-1).split(ELEMENTS_AT_ONCE):
         numbers = piece.float()
-        if not bool(numbers.isfinite().all()) or _overflows(numbers, tensor.kind):
+        if not bool((numbers.abs() < LARGEST.get(tensor.kind, LARGEST_PACKED)).all()):
             raise XverseError(
                 f"{tensor.name} can't be written as {tensor.kind}.",
-                f"It holds {float(numbers.abs().max()):.3g}, which {tensor.kind} has no number for.",
+                f"It holds {float(numbers.abs().max()):.3g}, and {tensor.kind} has no such number.",
                 "Choose --type bf16; a number that is not finite means a damaged checkpoint.",
             )
         yield pack(tensor.kind, numbers.view(-1, kind.elements)).numpy().data
-
-
-def _overflows(numbers: Tensor, kind: str) -> bool:
-    """Whether f16 can't hold them; the scales of packed kinds are f16, and 7 times smaller."""
-    return kind == "F16" and bool((numbers.abs() >= 65520).any())
 
 
 def _header(metadata: Mapping[str, object], tensors: Sequence[Outgoing]) -> bytes:
@@ -102,7 +100,7 @@ def _typed(value: object) -> bytes:
         case str():
             return struct.pack("<I", STRING) + _string(value)
         case [str(), *_]:
-            return _array(STRING, len(value)) + b"".join(map(_string, value))
+            return _array(STRING, len(value)) + b"".join(_string(str(text)) for text in value)
         case [int(), *_]:
             return _array(I32, len(value)) + struct.pack(f"<{len(value)}i", *value)
         case [float(), *_]:

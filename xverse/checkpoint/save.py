@@ -6,7 +6,8 @@ from torch import Tensor
 
 from xverse.model.decoder import Decoder
 from xverse.model.linear import StackedLinear
-from xverse.quant.linear import QuantizedLinear, to_disk
+from xverse.quant.linear import QuantizedLinear
+from xverse.quant.stored_compressed import to_disk
 
 
 def published_tensors(
@@ -30,16 +31,20 @@ def published_tensors(
 
 
 def _quantized(prefix: str, layer: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
+    stacked = layer.weight.dim() == 3
+    for number in range(len(layer.weight)) if stacked else (None,):
+        name = prefix if number is None else expert_name(prefix, number)
+        for what, tensor in to_disk(_one(layer, number)).items():
+            yield f"{name}.{what}", tensor
+
+
+def _one(layer: QuantizedLinear, number: int | None) -> QuantizedLinear:
+    """The layer, or that of one expert of a stack, on the CPU."""
+    at = ... if number is None else number
+    zero = None if layer.zero is None else layer.zero[at].cpu()
     bias = None if layer.bias is None else layer.bias.detach().cpu()
-    weight, scale = layer.weight.cpu(), layer.scale.cpu()
-    if weight.dim() == 2:
-        one = QuantizedLinear(weight, scale, bias, layer.scheme)
-        yield from ((f"{prefix}.{name}", tensor) for name, tensor in to_disk(one).items())
-        return
-    for number in range(len(weight)):
-        one = QuantizedLinear(weight[number], scale[number], None, layer.scheme)
-        for name, tensor in to_disk(one).items():
-            yield f"{expert_name(prefix, number)}.{name}", tensor
+    weight, scale = layer.weight[at].cpu(), layer.scale[at].cpu()
+    return QuantizedLinear(weight, scale, bias, layer.scheme, zero, layer.order)
 
 
 def expert_name(prefix: str, number: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xverse.checkpoint.convert import save_weights
 from xverse.checkpoint.load import Reader
+from xverse.checkpoint.quantized import put_places
 from xverse.checkpoint.save import published_tensors
 from xverse.checkpoint.weights import Weights, open_weights
 from xverse.files import read_json, write_json
@@ -18,10 +19,11 @@ from xverse.model.decoder import Block, Decoder
 from xverse.model.shape import ModelShape
 from xverse.quant.calibrate import CALIBRATED, Method, quantize_block
 from xverse.quant.compare import Quality, compare
-from xverse.quant.observe import linears
 from xverse.quant.passage import Passage
-from xverse.quant.quantize import quantize_ends, rounded_layer
+from xverse.quant.quantize import quantize_ends
 from xverse.quant.recipe import Recipe
+from xverse.quant.stored import layout_of
+from xverse.quant.stored_compressed import to_config
 
 ERRORS = "errors.json"
 
@@ -96,7 +98,7 @@ class Walk:
         self.dtype, self.device = dtype, device
         with torch.device("meta"):
             self.source, self.small = Decoder(shape), Decoder(shape)
-        self.reader = Reader(weights, self.source, dtype, device)
+        self.reader = Reader(weights, self.source, None, dtype, device)
 
     def run(
         self, parts: Parts, samples: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]
@@ -149,11 +151,10 @@ class Walk:
 
     def _restore(self, number: int, weights: Weights) -> nn.Module:
         """A finished block, from the disk into the small model."""
-        name = name_of(number)
-        for layer, module in linears(self.small.get_submodule(name)).items():
-            made = rounded_layer(layer, module, self.recipe.scheme)
-            self.small.set_submodule(f"{name}.{layer}", made)
-        return Reader(weights, self.small, self.dtype, self.device).fill(name)
+        layout = layout_of(to_config(self.recipe))
+        put_places(self.small, layout, weights.infos())
+        reader = Reader(weights, self.small, layout, self.dtype, self.device)
+        return reader.fill(name_of(number))
 
     def _let_go(self, number: int) -> None:
         for decoder in (self.source, self.small):

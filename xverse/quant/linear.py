@@ -1,4 +1,4 @@
-"""LINEAR -> SMALLER LINEAR. Integer weights, and their packing on disk."""
+"""LINEAR -> SMALLER LINEAR. Weights in few bits, computed with as they are held."""
 
 from dataclasses import replace
 from math import gcd
@@ -169,31 +169,3 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
     halves = torch.stack((packed & 15, packed >> 4), dim=-1)
     return halves.flatten(-2).to(torch.int8) - 8
-
-
-def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of a layer as compressed-tensors' pack-quantized stores them.
-
-    `weight_packed` int32 [N, D * bits / 32]: integers made positive, the first in the lowest bits;
-    `weight_scale` [N, 1]; `weight_shape` [2]; and the bias where there is one.
-    """
-    bits = layer.scheme.bits
-    integers = layer.integers()
-    positive = (integers.int() + 2 ** (bits - 1)).unflatten(-1, (-1, 32 // bits)).long()
-    words = (positive << torch.arange(0, 32, bits)).sum(-1)
-    tensors = {
-        "weight_packed": torch.where(words >= 2**31, words - 2**32, words).int(),
-        "weight_scale": layer.scale[..., None],
-        "weight_shape": torch.tensor(integers.shape[-2:]),
-    }
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias
-    return tensors
-
-
-def integers_from_disk(packed: Tensor, scheme: Scheme) -> Tensor:
-    """`weight_packed` as a layer of `scheme` holds its weight."""
-    shifts = torch.arange(0, 32, scheme.bits, dtype=torch.int32)
-    positive = packed[..., None] >> shifts & (2**scheme.bits - 1)
-    integers = (positive - 2 ** (scheme.bits - 1)).to(torch.int8).flatten(-2)
-    return pack_nibbles(integers) if scheme.bits == 4 else integers

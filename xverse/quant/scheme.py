@@ -1,6 +1,5 @@
-"""WHAT SMALLER MEANS. A quantization scheme, and how config.json says it."""
+"""WHAT SMALLER MEANS. A quantization scheme: how many bits, and who shares a scale."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,40 +59,3 @@ class Scheme:
             return "fp8"
         groups = "per row" if self.group_size is None else f"in groups of {self.group_size}"
         return f"int{self.bits} {groups}" + ("" if self.symmetric else ", asymmetric")
-
-    def to_config(self) -> dict[str, object]:
-        """`quantization_config` of a compressed-tensors folder, which other stacks read too."""
-        assert self == Scheme(self.bits), "only the published scheme is written so far"
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel",
-            "group_size": None,
-            "dynamic": False,
-        }
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> "Scheme":
-        """The scheme of a `quantization_config`; XverseError where it is not one of ours."""
-        groups = config.get("config_groups")
-        if config.get("quant_method") == "compressed-tensors" and isinstance(groups, Mapping):
-            for group in groups.values():
-                weights = group.get("weights") if isinstance(group, Mapping) else None
-                bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
-                if bits in (4, 8) and cls(bits).to_config() == dict(config):
-                    return cls(bits)
-        raise XverseError(
-            f"The folder is quantized by {config.get('quant_method')!r:.60} in a form that this "
-            "version does not read.",
-            "It reads compressed-tensors pack-quantized with one scale per row, 4 or 8 bits.",
-            "Take the unquantized checkpoint and quantize it with `model.quantize(8)` or (4).",
-        )
