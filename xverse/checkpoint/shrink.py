@@ -7,7 +7,7 @@ stopped, and gives the same bytes.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from xverse.log import logger
 from xverse.quant.calibrate import CALIBRATED, Method, choose_method
 from xverse.quant.quantize import quantized_already
 from xverse.quant.recipe import Recipe
-from xverse.quant.report import Report, write_report
+from xverse.quant.report import Report, Speed, write_report
 from xverse.quant.stored_compressed import to_config
 
 
@@ -46,11 +46,18 @@ class Job:
 
 @torch.no_grad()
 def quantize_folder(
-    model: str | Path, out: Path | None, job: Job, *, device: str = "auto", dtype: str = "auto"
+    model: str | Path,
+    out: Path | None,
+    job: Job,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    measure: Callable[[Path], Speed | str] | None = None,
 ) -> Report:
     """Write `model` (folder, GGUF file, alias, hub id), quantized, to the new folder `out`.
 
-    Without `out` nothing is written, and only the report comes of it. Raises XverseError for a
+    Without `out` nothing is written, and only the report comes of it. `measure` gives the speed of
+    the finished folder, or says why not. Raises XverseError for a
     model that is quantized already, for a folder that is there, and for what loading refuses.
     """
     path = resolve(model)
@@ -79,6 +86,8 @@ def quantize_folder(
         _save_rest(checkpoint, folder, recipe, computes_in)
         disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report = replace(report, bytes_on_disk=disk)
+        if measure is not None:
+            report = replace(report, speed=measure(folder))
         write_report(report, folder)
         write_manifest(folder, source=checkpoint.title, quantization=report.to_json())
     shutil.rmtree(aside)

@@ -37,8 +37,7 @@ class Report:
     text: str | None  # the file that quality was measured on
     layer_errors: Mapping[str, float]
     bytes_on_disk: int | None = None  # None where nothing was written
-    speed: Speed | None = None
-    no_speed: str | None = None  # why it was not measured
+    speed: Speed | str | None = None  # or why it was not measured
 
     def to_json(self) -> dict[str, object]:
         """For manifest.json."""
@@ -69,7 +68,7 @@ class Report:
 
     def _speed_rows(self) -> list[tuple[str, str, str]]:
         speed = self.speed
-        if speed is None:
+        if not isinstance(speed, Speed):
             return []
         return [("tokens/s, one sequence", f"{speed.source:.1f}", f"{speed.quantized:.1f}")]
 
@@ -81,10 +80,10 @@ class Report:
             notes.append("Quality was not measured: no text was given for it (`--held-out FILE`).")
         else:
             notes.append(f"Quality on {self.quality.tokens:,} tokens of {self.text}.")
-        if self.speed is not None:
+        if isinstance(self.speed, Speed):
             notes.append(f"Speed on {self.speed.device}.")
-        if self.no_speed is not None:
-            notes.append(f"Speed was not measured: {self.no_speed}")
+        elif self.speed is not None:
+            notes.append(f"Speed was not measured: {self.speed}")
         return [" ".join(notes)]
 
     def _layers(self) -> list[str]:
