@@ -38,10 +38,10 @@ ROWS: dict[str, tuple[Scheme, Method]] = {
     "int4 g128, search": (Scheme(4, 128), "search"),
     "int4 g128, GPTQ": (Scheme(4, 128), "gptq"),
     "int4 g128, AWQ": (Scheme(4, 128), "awq"),
-    "int4 g128 asymmetric, nearest": (Scheme(4, 128, symmetric=False), "rtn"),
-    "int4 g128 asymmetric, search": (Scheme(4, 128, symmetric=False), "search"),
     "int4 g128 asymmetric, GPTQ": (Scheme(4, 128, symmetric=False), "gptq"),
     "int4 g128 asymmetric, AWQ": (Scheme(4, 128, symmetric=False), "awq"),
+    "int4 g128 asymmetric, search": (Scheme(4, 128, symmetric=False), "search"),
+    "int4 g128 asymmetric, nearest": (Scheme(4, 128, symmetric=False), "rtn"),
     "int4 per row, GPTQ": (Scheme(4), "gptq"),
 }
 
