@@ -1,5 +1,6 @@
 """Quantized folders: back bit for bit, and read by everything with no extra flag."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -121,4 +122,4 @@ def test_loading_takes_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     load(tmp_path / "m", keep=keep)
     counts = [count for _, count in order]
     assert counts == sorted(counts)
-    assert all(b - a <= 4 for a, b in zip(counts, counts[1:], strict=False))
+    assert all(after - before <= 4 for before, after in itertools.pairwise(counts))
