@@ -22,8 +22,10 @@ INDICES = (torch.int32, torch.int64)
 def put_places(decoder: Decoder, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
     """Exchange the layers that the files hold quantized for empty ones of their kind, in place.
 
-    Of the layers that the format has a scheme for, some may be stored as they were.
+    Of the layers that the format has a scheme for, some may be stored as they were; XverseError
+    where all are.
     """
+    put = 0
     for name, module in list(decoder.named_modules()):
         scheme = layout.scheme_of(name, module)
         first = expert_name(name, 0) if isinstance(module, StackedLinear) else name
@@ -39,6 +41,13 @@ def put_places(decoder: Decoder, layout: Layout, infos: Mapping[str, TensorInfo]
             )
         with torch.device("meta"):
             decoder.set_submodule(name, rounded_layer(name, module, scheme))
+        put += 1
+    if not put:
+        raise XverseError(
+            f"config.json says that the model is quantized by {layout.method}, and it is not.",
+            f"No layer in the files has a {layout.mark}.",
+            "Fetch the folder again, or take quantization_config out of its config.json.",
+        )
 
 
 def stored_names(name: str, layer: QuantizedLinear) -> list[str]:

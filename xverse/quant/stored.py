@@ -7,7 +7,7 @@ from xverse.quant.stored_compressed import Compressed
 from xverse.quant.stored_gptq import Gptq
 from xverse.quant.stored_layer import Layout, not_read
 
-FORMATS = {"compressed-tensors": Compressed, "gptq": Gptq, "awq": Awq}
+FORMATS = {form.method: form for form in (Compressed, Gptq, Awq)}
 
 
 def layout_of(config: Mapping[str, object]) -> Layout:

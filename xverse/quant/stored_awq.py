@@ -31,7 +31,7 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight outputs lie
 class Awq:
     """The layout of a folder with this quantization_config; XverseError for other variants."""
 
-    mark = "qweight"
+    method, mark = "awq", "qweight"
 
     def __init__(self, config: Mapping[str, object]) -> None:
         number(config, "bits", 4, default=4)

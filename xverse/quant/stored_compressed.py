@@ -46,11 +46,15 @@ MAX_REPEATS, MAX_PATTERN = 3, 200
 NO_MATCH = 3
 
 
-def to_config(recipe: Recipe) -> dict[str, object]:
-    """The quantization_config of a model quantized by `recipe`."""
-    schemes = {"Linear": recipe.scheme}
-    if recipe.head is not None:
-        schemes[HEAD_TARGET] = recipe.head
+def to_config(recipe: Recipe, *, tied: bool = False) -> dict[str, object]:
+    """The quantization_config of a model quantized by `recipe`; `tied`: its head is its embedding.
+
+    The package reads all of it. transformers (5.23) does not: of asymmetric schemes it wants to be
+    told `dequantize=True`, and a quantized embedding it can't load at all.
+    """
+    schemes, head = {"Linear": recipe.scheme}, None if tied else recipe.head
+    if head is not None:
+        schemes[HEAD_TARGET] = head
     if recipe.embedding is not None:
         schemes[EMBEDDING_TARGET] = recipe.embedding
     formats = {_format(scheme) for scheme in schemes.values()}
@@ -67,7 +71,7 @@ def to_config(recipe: Recipe) -> dict[str, object]:
             }
             for index, (target, scheme) in enumerate(schemes.items())
         },
-        "ignore": ["re:.*router$"] + ([] if recipe.head is not None else ["lm_head"]),
+        "ignore": ["re:.*router$"] + (["lm_head"] if head is None else []),
     }
 
 
@@ -115,7 +119,7 @@ def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
 class Compressed:
     """The layout of a folder with this quantization_config; XverseError for other variants."""
 
-    mark = "weight_scale"
+    method, mark = METHOD, "weight_scale"
 
     def __init__(self, config: Mapping[str, object]) -> None:
         number(config, "format", PACKED, FLOAT, MIXED, *UNPACKED, default=PACKED)

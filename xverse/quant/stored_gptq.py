@@ -32,7 +32,7 @@ from xverse.quant.stored_layer import (
 class Gptq:
     """The layout of a folder with this quantization_config; XverseError for other variants."""
 
-    mark = "qweight"
+    method, mark = "gptq", "qweight"
 
     def __init__(self, config: Mapping[str, object]) -> None:
         bits = number(config, "bits", 4, 8, default=None)

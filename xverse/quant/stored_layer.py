@@ -41,6 +41,7 @@ class Parts(NamedTuple):
 class Layout(Protocol):
     """A format of quantized folders, as one folder uses it."""
 
+    method: str  # its name in a quantization_config
     mark: str  # the tensor that a layer has where it is quantized, and else has not
 
     def scheme_of(self, name: str, module: nn.Module) -> Scheme | None:
