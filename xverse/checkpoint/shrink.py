@@ -65,8 +65,12 @@ def quantize_folder(
     if checkpoint.config.get("quantization_config") is not None:
         raise quantized_already()
     recipe = job.recipe.fitting(checkpoint.shape)
-    if recipe != job.recipe:
-        logger.warning("%s does not divide the layers' inputs; instead: %s", job.recipe, recipe)
+    if recipe.scheme != job.recipe.scheme:
+        logger.warning(
+            "groups of %s columns do not divide the inputs of all layers; instead %s",
+            job.recipe.scheme.group_size,
+            recipe.scheme,
+        )
     method = choose_method(job.method, recipe.scheme, samples=bool(job.samples))
     job = replace(job, recipe=recipe, method=method)
     place = devices.pick_device(device)

@@ -10,7 +10,7 @@ from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.linear import Linear, StackedLinear
 from xverse.quant.awq import scale_inputs
-from xverse.quant.gptq import solve
+from xverse.quant.gptq import importance, solve
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.observe import Moments, linears, observed
 from xverse.quant.passage import Passage
@@ -117,7 +117,7 @@ def _rounded(
         return searched(weight_XND, scheme, None, dtype)
     hessian_XDD = seen.mean()
     if method == "awq":
-        return searched(weight_XND, scheme, hessian_XDD.diagonal(dim1=1, dim2=2), dtype)
+        return searched(weight_XND, scheme, importance(hessian_XDD), dtype)
     rounded = solve(weight_XND, hessian_XDD, scheme, dtype)
     few = (seen.tokens_X < weight_XND.shape[-1]).nonzero()[:, 0].tolist()
     if few:

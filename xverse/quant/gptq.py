@@ -25,7 +25,7 @@ def solve(
     """
     assert scheme.kind == "int", "fp8 has steps of many sizes, and is rounded to the nearest"
     diagonal_XD = hessian_XDD.diagonal(dim1=-2, dim2=-1)
-    start = searched(weight_XND, scheme, diagonal_XD, dtype)
+    start = searched(weight_XND, scheme, importance(hessian_XDD), dtype)
     size = scheme.group_size or weight_XND.shape[-1]
     order_XD = diagonal_XD.argsort(dim=-1, descending=True, stable=True)
     steps_XND = _round_columns(
@@ -37,6 +37,12 @@ def solve(
     )
     back_XD = order_XD.argsort(dim=-1)
     return Rounded(_columns(steps_XND, back_XD).to(torch.int8), start.scale, start.zero)
+
+
+def importance(hessian_XDD: Tensor) -> Tensor:
+    """How much an error in each column matters, [X, D]; what was never seen still does a little."""
+    diagonal_XD = hessian_XDD.diagonal(dim1=-2, dim2=-1)
+    return diagonal_XD + DAMPING * diagonal_XD.mean(dim=-1, keepdim=True)
 
 
 def _round_columns(

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.quant.compare import Quality
 
@@ -42,6 +44,25 @@ class Report:
     def to_json(self) -> dict[str, object]:
         """For manifest.json."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, object]) -> Self:
+        """What `to_json` gave; XverseError for anything else."""
+        kinds = {"quality": Quality, "speed": Speed}
+        try:
+            made = {
+                name: kinds[name](**value) if name in kinds and isinstance(value, dict) else value
+                for name, value in facts.items()
+            }
+            report = cls(**made)  # type: ignore[arg-type]
+            report.to_markdown()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise XverseError(
+                "The folder's report of its quantization is malformed.",
+                f"{error}.",
+                "Quantize the source again, or remove the entry from manifest.json.",
+            ) from error
+        return report
 
     def to_markdown(self) -> str:
         """For people, and for `xverse show`."""

@@ -144,9 +144,18 @@ def _check(config: Config) -> None:
 
 
 def _job(config: Config) -> "Job":
+    from xverse.checkpoint.load import open_checkpoint
+    from xverse.checkpoint.resolve import resolve
     from xverse.checkpoint.shrink import Job
 
     recipe = recipe_of(config)
+    shape = open_checkpoint(resolve(config.model)).shape
+    if shape.tie_word_embeddings and config.head in ("int8", "int4"):
+        raise XverseError(
+            "This model's head is its input embedding.",
+            "One matrix serves as both, and has one scheme.",
+            f"Use --embedding {config.head} instead of --head.",
+        )
     if config.samples is None and config.held_out is None:
         return Job(recipe, config.method)
     samples = [] if config.samples is None else _rows(config, config.samples)
