@@ -29,8 +29,8 @@ def test_names_mean_what_they_say() -> None:
     assert Recipe.of(8).scheme == Recipe.of("int8-row").scheme == Scheme(8)
     assert NAMED["int4"] == Recipe(Scheme(4, 128), head=Scheme(8))
     assert str(NAMED["int4"]) == "int4 in groups of 128; head int8 per row"
-    with pytest.raises(XverseError, match="'int4'"):
-        Recipe.of("int5")
+    with pytest.raises(XverseError, match="Did you mean 'int4-row'"):
+        Recipe.of("int4-rows")
 
 
 def test_groups_are_halved_until_they_fit_every_layer() -> None:
@@ -41,7 +41,10 @@ def test_groups_are_halved_until_they_fit_every_layer() -> None:
     assert Recipe.of("int4").fitting(replace(SHAPE, tie_word_embeddings=True)).head is None
 
 
-@pytest.mark.parametrize("bad", [dict(bits=4, group_size=7), dict(bits=4, kind="float")], ids=str)
+BAD: list[dict[str, object]] = [{"bits": 4, "group_size": 7}, {"bits": 4, "kind": "float"}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_impossible_schemes_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(XverseError):
         Scheme(**bad)  # type: ignore[arg-type]
@@ -94,5 +97,5 @@ def test_head_and_embedding_are_quantized_as_the_recipe_says(config: dict[str, o
     assert isinstance(small.model.embed_tokens, QuantizedEmbedding)
     assert small.dtype == torch.float32
     error = (logits(small) - source).norm() / source.norm()
-    assert 0 < float(error) < 0.1
+    assert 0 < float(error) < 0.3  # a router may choose another expert
     assert torch.allclose(logits(fuse(small)), logits(small), atol=1e-4)

@@ -71,7 +71,8 @@ def test_a_search_in_pieces_is_the_search_of_the_whole(monkeypatch: pytest.Monke
     whole = searched(weight, scheme)
     monkeypatch.setattr("xverse.quant.rounding.CHUNK", 7 * 64)
     for one, other in zip(whole, searched(weight, scheme), strict=True):
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         assert torch.equal(one, other)
 
 
