@@ -152,15 +152,23 @@ def _identity(
     tensors = {
         name: [info.shape, str(info.dtype), info.file] for name, info in weights.infos().items()
     }
+    files = {info.file for info in weights.infos().values()}
     samples = job.samples if job.method in CALIBRATED else ()
     return {
         "model": str(checkpoint.path.absolute()),
         "tensors": _digest(tensors),
+        "files": _digest({file: _stamp(checkpoint.path, file) for file in sorted(files)}),
         "recipe": asdict(job.recipe),
         "method": job.method,
         "samples": _digest([list(row) for row in samples]),
         "dtype": str(dtype),
     }
+
+
+def _stamp(model: Path, file: str) -> list[int]:
+    """Size and time of a file; reading all weights would take as long as quantizing them."""
+    stat = (model / file if model.is_dir() else model).stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _digest(value: object) -> str:

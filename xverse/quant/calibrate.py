@@ -1,6 +1,6 @@
 """BLOCK, SAMPLES -> QUANTIZED BLOCK. One block rounded so that samples come out as they did."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -75,24 +75,21 @@ def _round(
     moments: Mapping[str, Moments],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    errors = {}
-    for names, seen in _sharing(linears(block), moments):
-        layers = {name: linears(block)[name] for name in names}
-        weight_XND = torch.cat([_stack(layer) for layer in layers.values()], dim=1)
-        rounded = _rounded(names[0], weight_XND, scheme, method, seen, dtype)
-        start = 0
-        for name, layer in layers.items():
-            stop = start + layer.weight.shape[-2]
-            part = Rounded(*(None if x is None else x[:, start:stop] for x in rounded))  # type: ignore[arg-type]
-            errors[name] = relative_error(weight_XND[:, start:stop], part, scheme, seen)
-            own = part if layer.weight.dim() == 3 else _only(part)
-            block.set_submodule(name, QuantizedLinear.of_rounded(layer, own, scheme))
-            start = stop
+    errors, layers = {}, linears(block)
+    for names, seen in _sharing(layers, moments):
+        weights = [_stack(layers[name]) for name in names]
+        joined = _rounded(names[0], torch.cat(weights, dim=1), scheme, method, seen, dtype)
+        parts = _split(joined, [weight.shape[1] for weight in weights])
+        for name, weight_XND, part in zip(names, weights, parts, strict=True):
+            errors[name] = relative_error(weight_XND, part, scheme, seen)
+            own = part if layers[name].weight.dim() == 3 else _only(part)
+            quantized = QuantizedLinear.of_rounded(layers[name], own, scheme)
+            block.set_submodule(name, quantized)
     return errors
 
 
 def _sharing(
-    layers: Mapping[str, nn.Module], moments: Mapping[str, Moments]
+    layers: Iterable[str], moments: Mapping[str, Moments]
 ) -> list[tuple[list[str], Moments | None]]:
     """Names of layers that take one input, which are rounded as one matrix; or each alone."""
     if not moments:
@@ -151,6 +148,15 @@ def relative_error(
 def _stack(layer: Linear | StackedLinear) -> Tensor:
     weight = layer.weight.detach()
     return weight if weight.dim() == 3 else weight[None]
+
+
+def _split(rounded: Rounded, rows: list[int]) -> Iterator[Rounded]:
+    """Stacks of so many rows each, in memory of their own."""
+    steps, scales = rounded.steps.split(rows, dim=1), rounded.scale.split(rows, dim=1)
+    zeros = [None] * len(rows) if rounded.zero is None else rounded.zero.split(rows, dim=1)
+    for step, scale, zero in zip(steps, scales, zeros, strict=True):
+        own = None if zero is None else zero.contiguous()
+        yield Rounded(step.contiguous(), scale.contiguous(), own)
 
 
 def _only(rounded: Rounded) -> Rounded:

@@ -1,6 +1,6 @@
 """MODEL -> SMALLER MODEL. Put quantized layers in the place of the linear ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -76,19 +76,6 @@ def rounded_layer(name: str, module: nn.Module, scheme: Scheme) -> QuantizedLine
 def kind_of(name: str) -> type[QuantizedLinear]:
     """What a quantized module `name` is."""
     return QuantizedEmbedding if name == EMBEDDING else QuantizedLinear
-
-
-def replace_layers(
-    decoder: Decoder,
-    recipe: Recipe,
-    replacement: Callable[[str, nn.Module, Scheme], nn.Module],
-) -> Decoder:
-    """Exchange every layer that the recipe has a scheme for, in place."""
-    for name, module in list(decoder.named_modules()):
-        scheme = recipe.scheme_of(name, module)
-        if scheme is not None:
-            decoder.set_submodule(name, replacement(name, module, scheme))
-    return decoder
 
 
 def quantized_already() -> XverseError:
