@@ -129,8 +129,6 @@ def test_nothing_is_written_where_nothing_is_asked_for(tmp_path: Path) -> None:
     report = quantize_folder(tmp_path / "source", None, Job(INT4), device="cpu")
     assert report.bytes_on_disk is None
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    with pytest.raises(XverseError, match="malformed"):
-        Report.from_json(report.to_json() | {"bytes": "many"})
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path: Path) -> None:
