@@ -39,6 +39,7 @@ TYPES = {
 }
 # Rows that are no whole blocks of 256 are written in blocks of 32 of at least as many bits.
 SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+CUT_LENGTH = 1024  # bytes of a text that llama-cpp-python 0.3.36 reads one byte short of
 QUANTIZATION_VERSION = 2  # of ggml's block layouts; 2 since May 2023
 
 
@@ -51,6 +52,15 @@ class Exported:
     kinds: Mapping[str, int]  # how many tensors of each kind
     texts_checked: int
     texts_differing: int
+
+    def facts(self) -> dict[str, object]:
+        """The same as JSON values."""
+        return {
+            "file": str(self.path),
+            "bytes": self.nbytes,
+            "tensors": dict(self.kinds),
+            "tokenizer": {"texts": self.texts_checked, "differing": self.texts_differing},
+        }
 
 
 def export_gguf(model: Path, target: Path, type: str = "f16") -> Exported:
@@ -72,6 +82,7 @@ def export_gguf(model: Path, target: Path, type: str = "f16") -> Exported:
     }
     write_gguf(target, metadata, tensors)
     kinds = [tensor.kind for tensor in tensors]
+    _name_others(type, kinds)
     checked, wrong = differing(tokenizer, tokenizer_of(gguf.GgufFile.open(target)))
     if wrong:
         logger.warning("%d of %d texts have other ids in %s", wrong, checked, target.name)
@@ -82,6 +93,15 @@ def export_gguf(model: Path, target: Path, type: str = "f16") -> Exported:
         checked,
         wrong,
     )
+
+
+def _name_others(type: str, kinds: list[str]) -> None:
+    """Say what is stored in another kind than was asked for, and not by llama.cpp's own custom."""
+    others = sum(kind in (*SMALLER_BLOCKS.values(), "F16") for kind in kinds)
+    if type in ("q4_0", "q4_k", "q6_k") and others:
+        logger.info(
+            "%d tensors have rows that are no whole blocks: they are Q5_0, Q8_0 or F16", others
+        )
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
@@ -150,7 +170,10 @@ def _numbers(shape: ModelShape) -> dict[str, object]:
 def _template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, object]:
     if checkpoint.shape.model_type != "xverse" and tokenizer.chat_template is None:
         return {}
-    return {"tokenizer.chat_template": chat_format(checkpoint.config, tokenizer).template}
+    template = chat_format(checkpoint.config, tokenizer).template
+    if len(template.encode()) == CUT_LENGTH:
+        template += "\n"  # which Jinja takes away again
+    return {"tokenizer.chat_template": template}
 
 
 def _tensors(shape: ModelShape, weights: Weights, type: str) -> list[Outgoing]:

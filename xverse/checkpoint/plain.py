@@ -59,8 +59,8 @@ class _Dequantized:
     def _plain_infos(self) -> dict[str, TensorInfo]:
         infos = {}
         for name, info in self._stored.items():
-            layer, _, what = name.rpartition(".")
-            if layer not in self._layers or what == "bias":
+            above, _, what = name.rpartition(".")
+            if above not in self._layers or what == "bias":
                 infos[name] = info
         for name, layer in self._layers.items():
             shape, bias = size_of(layer), f"{name}.bias"
