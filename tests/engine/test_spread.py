@@ -20,6 +20,7 @@ from xverse.engine.worker import Job, keep
 from xverse.engine.workers import Workers
 from xverse.parallel.tensor import keep_part
 from xverse.quant.quantize import quantize, quantize_module
+from xverse.quant.recipe import Recipe
 
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=24, ignore_eos=True)
 RANDOM = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=7, max_tokens=24, ignore_eos=True)
@@ -200,7 +201,7 @@ def test_a_rank_loads_its_part_of_what_is_rounded_whole(
 def test_what_is_quantized_is_not_quantized_again(folder: Path) -> None:
     layer = quantize(load(folder).decoder, 8).model.layers[0].mlp.down_proj
     with pytest.raises(XverseError, match="quantized already"):
-        quantize_module("model.layers.0.mlp.down_proj", layer, 4)
+        quantize_module("model.layers.0.mlp.down_proj", layer, Recipe.of(4))
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,7 @@ class Engine:
         self._least = least
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
-        weight = decoder.model.embed_tokens.weight
-        self.options = (options or EngineOptions()).on(weight.device)
+        self.options = (options or EngineOptions()).on(decoder.device)
         size = self.options.page_size
         self.pages = Pages(-(-self._kv_tokens() // size), size, share=self.options.share_prefixes)
         self.kv = self._pool(self.pages.count)
@@ -196,14 +195,14 @@ class Engine:
             pages + 1,
             self.options.page_size,
             dtype=self._kv_type(),
-            device=self.decoder.model.embed_tokens.weight.device,
+            device=self.decoder.device,
             fixed_rows=_fixed_rows(self.decoder) if self.options.deterministic else None,
         )
 
     def _kv_type(self) -> torch.dtype:
         if self.options.kv_dtype == "fp8":
             return torch.float8_e4m3fn
-        return self.decoder.model.embed_tokens.weight.dtype
+        return self.decoder.dtype
 
     def _runner(self, kv: Paged) -> Runner:
         if DeviceRunner.why_not(self.decoder, kv):
@@ -219,7 +218,7 @@ class Engine:
 
     def _room(self) -> int:
         shape, dtype = self.decoder.shape, self._kv_type()
-        device = self.decoder.model.embed_tokens.weight.device
+        device = self.decoder.device
         runner = self._runner(self._pool(0))
         if not isinstance(runner, DeviceRunner):
             return pool_tokens(shape, dtype, device, self.max_running)
