@@ -1,4 +1,4 @@
-"""C -> LIBRARIES. Compile `multiply_cpu.c` at installation, where there is a C compiler.
+"""C -> LIBRARIES. Compile the products and attention for CPUs at installation, where there is a C compiler.
 
 Run by hatch_build.py when a wheel or an editable install is made; by hand, `python -m
 xverse.kernels.compile_native`. It knows nothing of the package, which is not installed yet.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "multiply_cpu.c"
+SOURCES = [HERE / "multiply_cpu.c", HERE / "attend_cpu.c"]
 VARIANTS = {  # by what the CPU must have; each is a library of its own, chosen when it is loaded
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
@@ -24,7 +24,7 @@ EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 def library(variant: str) -> Path:
     """Where the library of that variant is, if it has been compiled."""
-    return HERE / f"_multiply_{variant}.so"
+    return HERE / f"_native_{variant}.so"
 
 
 def compile_all() -> str:
@@ -37,7 +37,8 @@ def compile_all() -> str:
     for variant, instructions in VARIANTS.items():
         out = library(variant)
         made = out.with_suffix(f".{os.getpid()}")  # renamed when whole: another may be loading it
-        command = [compiler, *FLAGS, *EXACT, *instructions, str(SOURCE), "-o", str(made), "-lm"]
+        files = [*map(str, SOURCES), "-o", str(made), "-lm"]
+        command = [compiler, *FLAGS, *EXACT, *instructions, *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             made.unlink(missing_ok=True)

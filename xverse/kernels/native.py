@@ -1,4 +1,4 @@
-"""THE COMPILED PART. The library of `multiply_cpu.c` for this CPU, or why there is none."""
+"""THE COMPILED PART. The library of `*_cpu.c` for this CPU, or why there is none."""
 
 import ctypes
 from functools import cache
@@ -8,19 +8,34 @@ import torch
 from xverse.kernels.compile_native import VARIANTS, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}  # what it computes with, by its flag
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class Product(ctypes.Structure):
     """`Product` of multiply_cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "bias", "norm")),
+        *((name, _POINTER) for name in ("weight", "scale", "zero", "bias", "norm")),
         ("eps", ctypes.c_float),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("norm_kind", "outputs", "inputs", "group", "bits", "gated")
-        ),
+        *((n, _INT) for n in ("norm_kind", "outputs", "inputs", "group", "bits", "gated")),
     )
+
+
+class Pages(ctypes.Structure):
+    """`Pages` of attend_cpu.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values", "tables", "lengths")),
+        *((name, _LONG) for name in ("width", "page", "size")),
+        *((name, _INT) for name in ("heads", "kv_heads")),
+    )
+
+
+SIGNATURES = {
+    "multiply": [*[_POINTER] * 4, _LONG, _INT, _INT],
+    "rotate": [*[_POINTER] * 3, _LONG, _LONG, _INT, _LONG, _INT, _INT],
+    "attend": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _INT],
+}
 
 
 def variant() -> str:
@@ -38,19 +53,28 @@ def load(name: str) -> ctypes.CDLL | str:
         return f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no AVX2"
     path = library(name)
     if not path.exists():
-        return "the installation compiled nothing; reinstall with a C compiler at hand (gcc, Linux)"
+        return "the installation compiled nothing: it takes Linux and a C compiler (gcc)"
     try:
         # PyTorch has loaded its OpenMP by now, and the library takes that one: one set of threads.
         found = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    found.multiply.argtypes = [pointer] * 4 + [ctypes.c_int64, number, number]
-    found.multiply.restype = number
+    for function, arguments in SIGNATURES.items():
+        getattr(found, function).argtypes = arguments
+        getattr(found, function).restype = _INT
     return found
 
 
+@cache
 def why_not() -> str:
-    """Why products with integer weights are PyTorch's here; empty where they are compiled."""
+    """Why nothing is compiled for this machine; empty where there is."""
     found = load(variant())
     return found if isinstance(found, str) else ""
+
+
+@cache
+def loaded() -> ctypes.CDLL:
+    """The library, where `why_not` has nothing to say."""
+    found = load(variant())
+    assert not isinstance(found, str), found
+    return found

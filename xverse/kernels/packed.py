@@ -83,8 +83,6 @@ class PackedWeights(nn.Module):
 
     def multiply(self, x_TD: Tensor, residual_TN: Tensor | None = None) -> Tensor:
         """x @ w.T + bias with its surroundings, [..., D] -> [..., N], in x's dtype."""
-        library = native.load(native.variant())
-        assert not isinstance(library, str), "`native.why_not` has been asked"
         if x_TD.dtype not in native.FLOATS:  # fp16: a CPU has no arithmetic for it either
             wide = None if residual_TN is None else residual_TN.float()
             return self.multiply(x_TD.float(), wide).to(x_TD.dtype)
@@ -96,7 +94,7 @@ class PackedWeights(nn.Module):
             residual_TN = residual_TN.contiguous()
             assert residual_TN.shape == y_TN.shape and residual_TN.dtype == x_TD.dtype
             rest = residual_TN.data_ptr()
-        failed = library.multiply(
+        failed = native.loaded().multiply(
             ctypes.byref(self._described()),
             x_TD.data_ptr(),
             rest,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from xverse.kernels import native
+from xverse.kernels.attend_cpu import rotate_heads
 from xverse.kernels.packed import PackedWeights, group_of
-from xverse.kernels.reference import Norm, rotate
+from xverse.kernels.reference import Norm
 from xverse.model.cache import KV
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
@@ -79,10 +80,10 @@ class PackedBlock(nn.Module):
         self.down_proj = PackedLinear(_own(mlp.down_proj))
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
-        qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        qk, v_TKE = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        q_THE, k_TKE = rotate(qk, cos_TE, sin_TE).split((self.heads, self.kv_heads), dim=1)
-        mixed_THE = kv.attend(self.layer, q_THE, k_TKE, v_TKE)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        qkv_THE = self.qkv_proj(x_TD).view(-1, sum(heads), self.head_dim)
+        rotate_heads(qkv_THE, cos_TE, sin_TE, self.heads + self.kv_heads)
+        mixed_THE = kv.attend(self.layer, *qkv_THE.split(heads, dim=1))
         x_TD = self.o_proj(mixed_THE.flatten(-2), x_TD)
         return self.down_proj(self.gate_up_proj(x_TD), x_TD)
 
