@@ -75,8 +75,8 @@ class Paged:
         ]
         self._groups: list[_Group] = []
         compiled = self.device.type == "cpu" and dtype in native.FLOATS and not native.why_not()
-        self._compiled = compiled and fixed_rows is None
-        self._alone: tuple[Tensor, Tensor] | None = None  # of a step of single tokens: see `begin`
+        self.compiled = compiled and fixed_rows is None
+        self.alone: tuple[Tensor, Tensor] | None = None  # of a step of single tokens: see `begin`
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @property
@@ -94,9 +94,9 @@ class Paged:
             assert part.count > 0, "a part brings tokens"
             assert part.held + part.count <= len(part.pages) * self.page_size, "pages suffice"
         self.clear(parts)
-        self._alone = None
-        if self._compiled and all(part.count == 1 or part.apart for part in parts):
-            self._alone = self._rows_alone(parts)
+        self.alone = None
+        if self.compiled and all(part.count == 1 or part.apart for part in parts):
+            self.alone = self._rows_alone(parts)
         else:
             self._groups = list(self._grouped(parts))
         positions = [p.held + i for p in parts for i in range(p.count)]
@@ -130,8 +130,8 @@ class Paged:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values, scales = self.keys[layer], self.values[layer], self.scales(layer)
-        if self._alone is not None:
-            return store_attend(q_THE, k_TKE, v_TKE, keys, values, *self._alone)
+        if self.alone is not None:
+            return store_attend(q_THE, k_TKE, v_TKE, keys, values, *self.alone)
         key_scales, value_scales = scales or (None, None)
         self._store(keys, key_scales, k_TKE)
         self._store(values, value_scales, v_TKE)

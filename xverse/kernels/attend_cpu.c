@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "floats_cpu.h"
+#include "native_cpu.h"
 
 #define LANES 16
 
@@ -49,14 +50,6 @@ void rotate(void *x, const void *cosines, const void *sines, int64_t rows, int64
             else turn(own, c, s, size, 0);
         }
 }
-
-typedef struct {
-    void *keys, *values;     /* [pages, kv_heads, page, size] */
-    const int64_t *tables;   /* [rows, width]: the pages of each row's sequence */
-    const int64_t *lengths;  /* [rows]: tokens it holds by now, the row's own the last */
-    int64_t width, page, size;
-    int32_t heads, kv_heads;
-} Pages;
 
 static inline __attribute__((always_inline)) float product(
     const float *q, const void *k, int64_t size, const int bf16)

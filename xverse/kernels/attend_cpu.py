@@ -50,8 +50,10 @@ def store_attend(
     assert keys_PKSE.is_contiguous() and values_PKSE.is_contiguous(), "pages are one memory"
     assert tables_TP.is_contiguous() and tables_TP.dtype == lengths_T.dtype == torch.int64
     assert q_THE.dtype == keys_PKSE.dtype == values_PKSE.dtype, "one dtype"
-    sides = [side if side.stride()[1:] == (size, 1) else side.contiguous() for side in
-             (q_THE, k_TKE, v_TKE)]
+    sides = [
+        side if side.stride()[1:] == (size, 1) else side.contiguous()
+        for side in (q_THE, k_TKE, v_TKE)
+    ]
     mixed_THE = q_THE.new_empty(tokens, heads, size)
     about = native.Pages(
         keys_PKSE.data_ptr(),

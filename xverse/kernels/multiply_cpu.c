@@ -18,10 +18,10 @@
 #include <string.h>
 
 #include "floats_cpu.h"
+#include "native_cpu.h"
 
 #define BLOCK 32
 #define PIECE 256 /* rows whose integers stay in a core's cache */
-#define THREAD omp_get_thread_num()
 
 #ifdef __AVX512VNNI__
 #define LANES 16
@@ -87,21 +87,6 @@ static inline __attribute__((always_inline)) Ints four(const int8_t *from)
     return BROADCAST(word);
 }
 
-enum { NO_NORM, NORM_IN_FP32, NORM_ROUNDED };
-
-typedef struct {
-    const uint8_t *weight; /* [blocks][inputs * bits / 8][32] */
-    const float *scale;    /* [blocks][groups][32] */
-    const uint8_t *zero;   /* [blocks][groups][32]; null: 2^(bits-1) everywhere */
-    const float *bias;     /* [blocks][32] or null */
-    const float *norm;     /* [inputs] or null: RMSNorm of x first */
-    float eps;
-    int32_t norm_kind;
-    int32_t outputs; /* as they come out: half of the weight's if gated */
-    int32_t inputs, group, bits;
-    int32_t gated; /* a block is 16 gates and their 16 ups: silu(gate) * up */
-} Product;
-
 /* A row of x as floats, normalized if so wished and rounded as reference.rms_norm rounds. */
 static void read_row(const Product *p, const void *x, int bf16, int64_t row, float *out)
 {
@@ -157,10 +142,18 @@ static void round_row(const Product *p, const float *x, int8_t *q, float *scale,
 }
 
 typedef struct {
-    int8_t *q;
-    float *scale;
-    int32_t *minus_sum;
+    int8_t *q;          /* [rows, inputs] */
+    float *scale;       /* [rows, groups] */
+    int32_t *minus_sum; /* [rows, groups] */
 } Rows;
+
+/* One row of x as the tiles read it; `wide` is room for it as floats. */
+static void one_row(const Product *p, const void *x, int bf16, int64_t row, float *wide, Rows q)
+{
+    const int64_t groups = p->inputs / p->group;
+    read_row(p, x, bf16, row, wide);
+    round_row(p, wide, q.q + row * p->inputs, q.scale + row * groups, q.minus_sum + row * groups);
+}
 
 /* A block's sums for `m` rows; the compiler knows `bits` and `m`. */
 static inline __attribute__((always_inline)) void tile(
@@ -276,13 +269,13 @@ int multiply(const Product *p, const void *x, const void *residual, void *y, int
         .q = (int8_t *)(wide + n * threads + 2 * rows * groups),
     };
     const int chunk = (int)(blocks * pieces / (threads * 8)) + 1;
+    if (rows == 1) one_row(p, x, bf16, 0, wide, q); /* sooner done than shared */
 #pragma omp parallel num_threads(threads)
     {
+        if (rows > 1) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            float *const own = wide + n * THREAD;
-            read_row(p, x, bf16, row, own);
-            round_row(p, own, q.q + row * n, q.scale + row * groups, q.minus_sum + row * groups);
+            for (int64_t row = 0; row < rows; row++)
+                one_row(p, x, bf16, row, wide + n * omp_get_thread_num(), q);
         }
 #pragma omp for schedule(dynamic, chunk) nowait
         for (int64_t task = 0; task < blocks * pieces; task++) {

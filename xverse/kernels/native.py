@@ -12,7 +12,7 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class Product(ctypes.Structure):
-    """`Product` of multiply_cpu.c."""
+    """`Product` of native_cpu.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "scale", "zero", "bias", "norm")),
@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
 
 
 class Pages(ctypes.Structure):
-    """`Pages` of attend_cpu.c."""
+    """`Pages` of native_cpu.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("keys", "values", "tables", "lengths")),
@@ -31,10 +31,20 @@ class Pages(ctypes.Structure):
     )
 
 
+class Layer(ctypes.Structure):
+    """`Layer` of native_cpu.h."""
+
+    _fields_ = (
+        *((name, Product) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _POINTER) for name in ("keys", "values")),
+    )
+
+
 SIGNATURES = {
     "multiply": [*[_POINTER] * 4, _LONG, _INT, _INT],
     "rotate": [*[_POINTER] * 3, _LONG, _LONG, _INT, _LONG, _INT, _INT],
     "attend": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _INT],
+    "decode": [_POINTER, _INT, *[_POINTER] * 4, _LONG, _INT, _INT],
 }
 
 

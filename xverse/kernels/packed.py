@@ -6,7 +6,6 @@ The layout is that of `multiply_cpu.c`, which computes; see there. Twin:
 
 import ctypes
 from math import gcd
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ class PackedWeights(nn.Module):
             assert residual_TN.shape == y_TN.shape and residual_TN.dtype == x_TD.dtype
             rest = residual_TN.data_ptr()
         failed = native.loaded().multiply(
-            ctypes.byref(self._described()),
+            ctypes.byref(self.described()),
             x_TD.data_ptr(),
             rest,
             y_TN.data_ptr(),
@@ -126,7 +125,8 @@ class PackedWeights(nn.Module):
         groups = steps.flatten(-3).unflatten(-1, (-1, self.group)).float()
         return ((groups - zero) * self.scale[block, :, row][..., None]).flatten(-2)
 
-    def _described(self) -> native.Product:
+    def described(self) -> native.Product:
+        """What the compiled functions are told; it points into this module's memory."""
         made = self._product
         if made is None or made.weight != self.weight.data_ptr():
             assert self.scale.dtype == torch.float32, "packed weights are not cast"

@@ -79,6 +79,10 @@ class PackedBlock(nn.Module):
         self.gate_up_proj = PackedLinear(_own(mlp.gate_up_proj), norm=norm, gated=True)
         self.down_proj = PackedLinear(_own(mlp.down_proj))
 
+    def products(self) -> tuple[PackedLinear, ...]:
+        """The four, in the order in which they are computed."""
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv_THE = self.qkv_proj(x_TD).view(-1, sum(heads), self.head_dim)
@@ -111,6 +115,12 @@ def prepare(decoder: Decoder) -> Decoder:
     if decoder.lm_head is not None and not why_not(decoder.lm_head):
         decoder.lm_head = PackedLinear(_own(decoder.lm_head))
     return decoder
+
+
+def rows_stand_alone(decoder: Decoder) -> bool:
+    """Whether a row's logits are the same bits whatever rows stand beside it."""
+    head = decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    return isinstance(head, PackedLinear)
 
 
 def why_not(module: nn.Module) -> str:
