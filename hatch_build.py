@@ -1,4 +1,4 @@
-"""SOURCE -> WHEEL. With the products for CPUs compiled, where that can be; without them otherwise."""
+"""SOURCE -> WHEEL. With what is in C compiled, where there is a compiler; without it otherwise."""
 
 import sys
 from pathlib import Path

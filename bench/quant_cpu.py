@@ -7,6 +7,7 @@ neighbour slows both; the figure is the median, and what counts is the ratio.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -198,6 +199,7 @@ def main() -> None:
     figures: dict[str, object] = {
         "compiled": native.why_not() or native.variant(),
         "threads": torch.get_num_threads(),
+        "load_before": [round(load, 1) for load in os.getloadavg()],  # of others on this machine
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
     }

@@ -67,7 +67,7 @@ class Seat:
         place = str(self.device)
         part = partial(keep, job, rank)
         self.model: Model = load(model or job.model, dtype=job.dtype, device=place, keep=part)
-        prepare(fuse(self.model.decoder))
+        fuse(self.model.decoder)
 
     def facts(self) -> Message:
         """What rank 0 must know of it before all start: the kind of device."""

@@ -15,7 +15,8 @@ def rotate_heads(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, heads: int) ->
     Contiguous, in one dtype of `native.FLOATS`.
     """
     tokens, all_heads, size = qkv_THE.shape
-    assert qkv_THE.is_contiguous() and cos_TE.dtype == sin_TE.dtype == qkv_THE.dtype
+    assert qkv_THE.is_contiguous(), "it is turned in place"
+    assert cos_TE.dtype == sin_TE.dtype == qkv_THE.dtype, "one dtype"
     assert cos_TE.shape == sin_TE.shape == (tokens, size)
     native.loaded().rotate(
         qkv_THE.data_ptr(),
@@ -47,8 +48,8 @@ def store_attend(
     """
     tokens, heads, size = q_THE.shape
     _, kv_heads, page, _ = keys_PKSE.shape
-    assert keys_PKSE.is_contiguous() and values_PKSE.is_contiguous(), "pages are one memory"
-    assert tables_TP.is_contiguous() and tables_TP.dtype == lengths_T.dtype == torch.int64
+    assert all(side.is_contiguous() for side in (keys_PKSE, values_PKSE, tables_TP, lengths_T))
+    assert tables_TP.dtype == lengths_T.dtype == torch.int64, "as the library reads them"
     assert q_THE.dtype == keys_PKSE.dtype == values_PKSE.dtype, "one dtype"
     sides = [
         side if side.stride()[1:] == (size, 1) else side.contiguous()

@@ -1,4 +1,4 @@
-"""C -> LIBRARIES. Compile the products and attention for CPUs at installation, where there is a C compiler.
+"""C -> LIBRARIES. Compile `*_cpu.c` at installation, where there is a C compiler.
 
 Run by hatch_build.py when a wheel or an editable install is made; by hand, `python -m
 xverse.kernels.compile_native`. It knows nothing of the package, which is not installed yet.

@@ -86,12 +86,12 @@ class PackedWeights(nn.Module):
             wide = None if residual_TN is None else residual_TN.float()
             return self.multiply(x_TD.float(), wide).to(x_TD.dtype)
         x_TD = x_TD.contiguous()
-        assert x_TD.shape[-1] == self.inputs and x_TD.device.type == "cpu", "inputs fit"
+        assert x_TD.shape[-1] == self.inputs, "inputs fit"
         y_TN = x_TD.new_empty(*x_TD.shape[:-1], self.outputs)
         rest: int | None = None
         if residual_TN is not None:
             residual_TN = residual_TN.contiguous()
-            assert residual_TN.shape == y_TN.shape and residual_TN.dtype == x_TD.dtype
+            assert (residual_TN.shape, residual_TN.dtype) == (y_TN.shape, y_TN.dtype)
             rest = residual_TN.data_ptr()
         failed = native.loaded().multiply(
             ctypes.byref(self.described()),

@@ -70,7 +70,8 @@ class PackedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
-        assert isinstance(attention, FusedAttention) and isinstance(mlp, FusedFeedForward)
+        assert isinstance(attention, FusedAttention), "`_why_whole_not` has looked"
+        assert isinstance(mlp, FusedFeedForward), "`_why_whole_not` has looked"
         self.layer, self.head_dim = attention.layer, attention.head_dim
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.qkv_proj = PackedLinear(_own(attention.qkv_proj), norm=block.input_layernorm.spec)
