@@ -4,6 +4,8 @@ For serving only: the repacked layers have no part in `state_dict`, and what is 
 model before. Call it after `fuse`, which joins projections.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from xverse.kernels.packed import PackedWeights, group_of
 from xverse.kernels.reference import Norm
 from xverse.model.cache import KV
 from xverse.model.decoder import Block, Decoder
+from xverse.model.embedding import Embedding
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.quant.embedding import QuantizedEmbedding
 from xverse.quant.linear import QuantizedLinear
@@ -110,9 +113,9 @@ def prepare(decoder: Decoder) -> Decoder:
             for name, child in list(parent.named_children()):
                 if not why_not(child):
                     setattr(parent, name, PackedLinear(_own(child)))
-    if not why_not(stack.embed_tokens):
-        assert isinstance(stack.embed_tokens, QuantizedEmbedding)
-        stack.embed_tokens = PackedEmbedding(stack.embed_tokens)  # type: ignore[assignment]
+    table: nn.Module = stack.embed_tokens
+    if isinstance(table, QuantizedEmbedding) and not why_not(table):
+        stack.embed_tokens = cast(Embedding, PackedEmbedding(table))
     if decoder.lm_head is not None and not why_not(decoder.lm_head):
         decoder.lm_head = PackedLinear(_own(decoder.lm_head))
     return decoder
