@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from xverse.kernels import attend, reference, reference_experts, reference_sample
+from xverse.kernels import (
+    attend,
+    attend_cpu,
+    native,
+    packed,
+    reference,
+    reference_experts,
+    reference_packed,
+    reference_sample,
+)
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
 from xverse.kernels.tiles import MOST_ROWS
@@ -257,6 +266,20 @@ def gather_columns(device: torch.device, dtype: torch.dtype) -> Choice:
     )
 
 
+def multiply_packed(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function with the meaning of `reference_packed.multiply_packed`, and its own weights."""
+    return _compiled(
+        "products with integer weights", packed.PackedWeights.multiply,
+        reference_packed.multiply_packed, device, dtype,
+    )  # fmt: skip
+
+
+def store_attend(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function that keeps and attends as `reference.attend_pages`, for decoding on a CPU."""
+    operation = "attention of a decode step on a CPU"
+    return _compiled(operation, attend_cpu.store_attend, reference.attend_pages, device, dtype)
+
+
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
     attention = (rotate_store_attend, rotate_store, attend_chunks)
@@ -275,7 +298,26 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         mix_experts(device, dtype),
         add_parts(device, dtype),
         gather_columns(device, dtype),
+        multiply_packed(device, dtype),
+        store_attend(device, dtype),
     ]
+
+
+def _compiled(
+    operation: str,
+    call: Callable[..., Any],
+    plain: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Choice:
+    """What is in C, for CPUs alone."""
+    why_not = native.why_not() if device.type == "cpu" else f"this is {device.type}, not a CPU"
+    if not why_not and dtype not in native.FLOATS:
+        why_not = f"{dtype} is not among bfloat16 and float32"
+    if why_not:
+        return Choice(operation, "plain PyTorch, the reference", why_not, plain)
+    why = f"{native.variant()}, compiled at installation; this is {device.type}"
+    return Choice(operation, "C, each row alone", why, call)
 
 
 def _change(operation: str, name: str, device: torch.device) -> Choice:
