@@ -16,20 +16,20 @@ from xverse.text.tokenizer import Tokenizer
 from xverse.text.vocabulary import SPECIALS, train_tokenizer
 
 CODE = "class A:\n    def f(self, x):\n        if x >= 10:\n            return f(x - 1)\n\n\n"
-TEXTS = [*SENTENCES.values(), *HARD.values(), *[CODE] * 20, "Der Hund. The dog in the house. " * 9]
+TEXTS = [*SENTENCES.values()] * 3 + [*HARD.values(), *[CODE] * 20, "The dog in the house. " * 9]
 FORMS: tuple[Form, ...] = ("xverse", "improved")
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[Form, Tokenizer]:
-    return {form: train_tokenizer(TEXTS, vocab_size=760, form=form) for form in FORMS}
+    return {form: train_tokenizer(TEXTS, vocab_size=1000, form=form) for form in FORMS}
 
 
 def test_the_published_layout(trained: dict[Form, Tokenizer]) -> None:
     tokenizer = trained["xverse"]
     size = tokenizer.vocab_size
     tokens = [tokenizer.backend.id_to_token(id) for id in range(size)]
-    assert size == 760
+    assert size == 1000
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (1, 2, 3)
     assert tokens[:6] == list(SPECIALS)
     assert tokenizer.special_ids == frozenset(range(6))
