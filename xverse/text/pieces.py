@@ -37,7 +37,7 @@ def encode_codes(texts: list[str]) -> Codes:
 
 def find_starts(codes: Codes, form: Form) -> NDArray[np.bool_]:
     """Whether a piece starts at each of `codes`, as `pre_tokenizer(form)` cuts; shape (codes,)."""
-    kinds = _kinds(form)[codes]
+    kinds = character_kinds(form)[codes]
     before = np.concatenate([[ALONE], kinds[:-1]])
     if form == "xverse":
         return (kinds == MARK) | (kinds == ALONE) | (before == ALONE)
@@ -69,7 +69,7 @@ def _is_white(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 @lru_cache(maxsize=2)
-def _kinds(form: Form) -> NDArray[np.uint8]:
+def character_kinds(form: Form) -> NDArray[np.uint8]:
     """What each code point is to `form`; ALONE is always a piece of its own."""
     categories = [unicodedata.category(chr(code)) for code in range(sys.maxunicode + 1)]
     kinds = np.full(BOUNDARY + 1, LETTER, np.uint8)
