@@ -83,6 +83,11 @@ class Mixture:
                 return dataclasses.replace(default, **given, fixed=fixed)
         return default
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether it says what to draw, and not only what the files are."""
+        return bool(self.languages or self.kinds or self.code or self.tokens)
+
     def to_json(self) -> dict[str, Any]:
         """The mixture as JSON values, for the index."""
         return {**dataclasses.asdict(self), "sources": [dict(entry) for entry in self.sources]}

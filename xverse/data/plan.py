@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ from xverse.errors import XverseError
 from xverse.files import read_json, write_json
 
 PLAN = "plan.json"
+STATISTICS = "statistics.json"
 MAX_TASKS = 1000  # Slurm's usual largest array
 
 
@@ -24,8 +25,8 @@ class Settings:
     """All that decides what comes out; how many cores and machines there are does not."""
 
     tokenizer: str
-    reading: Reading = Reading()
-    limits: Limits = Limits()
+    reading: Reading = field(default_factory=Reading)
+    limits: Limits = field(default_factory=Limits)
     mixture: Mixture | None = None
     dedup: Literal["near", "exact", "none"] = "near"
     validation: float = 0.005
@@ -65,37 +66,43 @@ class Plan:
         mixture, reading = self.settings.mixture, self.settings.reading
         return mixture.reading_of(unit.path, reading) if mixture else reading
 
-    def claim(self) -> bool:
-        """Make the work folder, or take it up again; whether there was one.
+    def claim(self) -> Literal["new", "resumed", "done"]:
+        """Make the work folder, or take it up again; "done" where `out` is this very preparation.
 
-        Raises XverseError where `out` is taken, or the work there is that of another plan.
+        Raises XverseError where `out` or the work folder is that of something else.
         """
+        fingerprint = self.fingerprint()
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            file = self.out / STATISTICS
+            if file.is_file() and read_json(file).get("fingerprint") == fingerprint:
+                return "done"
             raise XverseError(
                 f"{self.out} is there already.",
                 "Prepared shards are never written over.",
                 "Name another folder, or delete that one.",
             )
-        told = {"fingerprint": self._fingerprint(), "out": str(self.out)}
         file = self.work / PLAN
-        if not file.exists():
-            try:
-                self.work.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise XverseError(
-                    f"{self.work} can't be made.", str(error), "Choose another --out."
-                ) from error
-            write_json(file, told)
-            return False
-        if read_json(file) != told:
+        if file.exists():
+            self._check_work(read_json(file).get("fingerprint") == fingerprint)
+            return "resumed"
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise XverseError(
+                f"{self.work} can't be made.", str(error), "Choose another --out."
+            ) from error
+        write_json(file, {"fingerprint": fingerprint})
+        return "new"
+
+    def _check_work(self, same: bool) -> None:
+        if not same:
             raise XverseError(
                 f"{self.work} holds another preparation.",
                 "It was begun with other files, other options or another tokenizer.",
                 f"Repeat that one to finish it, or delete {self.work} to begin anew.",
             )
-        return True
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """sha256 of the settings, the tokenizer, and name, size and time of every file."""
         facts: list[Any] = [json.loads(json.dumps(dataclasses.asdict(self.settings), default=str))]
         facts.append(file_sha256(tokenizer_file(self.settings.tokenizer)))

@@ -10,18 +10,20 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.logging import logger as datatrove_logger
 from numpy.typing import NDArray
 
 from xverse.data.filters import why_dropped
 from xverse.data.near import shingles
 from xverse.data.plan import Plan
+from xverse.data.publish import publish
 from xverse.data.report import Report, check_budget
 from xverse.data.shard_writer import ShardWriter
 from xverse.data.shards import Shard
@@ -164,8 +166,27 @@ class CheckDirt(PipelineStep):  # type: ignore[misc]
         check_budget(read, reasons, self.plan.settings.max_dirty, where)
 
 
+class Publish(PipelineStep):  # type: ignore[misc]
+    """Last step of all: the shards of every task become one folder."""
+
+    type, name = "XVERSE", "publish"
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Publish."""
+        publish(self.plan)
+
+
 class NearSignature(MinhashDedupSignature):  # type: ignore[misc]
     """MinHash signatures over shingles that need no knowledge of the language."""
+
+    def __init__(self, folder: str, config: MinhashConfig) -> None:
+        # datatrove wants a language to cut words by; of this one's tokenizer, which is never
+        # asked, it needs no further package.
+        super().__init__(folder, config, language="ace_Arab")
 
     def get_shingles(self, text: str) -> NDArray[np.uint64]:
         """Shape (shingles, 1)."""
@@ -232,7 +253,8 @@ class _Split:
                 self._folder, len(self._shards), vocab_size=self.tokenizer.vocab_size, end_id=eos
             )
         size = len(document.text.encode())
-        self._writer.add(ids, **document.metadata, num_bytes=size)
+        language, kind = document.metadata["language"], document.metadata["kind"]
+        self._writer.add(ids, language=language, kind=kind, num_bytes=size)
         if self._writer.tokens >= self._most:
             self.close()
 
@@ -266,7 +288,7 @@ def lock(work: Path, *, shared: bool) -> IO[bytes]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[str]]:
+def _whole(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name when all of it is written."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8", newline="\n") as file:
