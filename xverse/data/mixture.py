@@ -45,7 +45,7 @@ class Mixture:
         table: dict[str, Any] = dict(read_toml(file, cls))
         preset = str(table.get("preset", ""))
         if preset and preset not in PRESETS:
-            raise _wrong(file, f"there is no preset {preset!r}.{nearest(preset, PRESETS)}")
+            raise _wrong(file, f"There is no preset {preset!r}.{nearest(preset, PRESETS)}")
         table = {**PRESETS.get(preset, {}), **table}
         for name in ("languages", "kinds", "code"):
             shares = table.get(name, {})
@@ -67,7 +67,7 @@ class Mixture:
         known = {"files", *(item.name for item in dataclasses.fields(Reading))} - {"fixed"}
         for entry in self.sources:
             if not isinstance(entry, dict) or not isinstance(entry.get("files"), str):
-                raise _wrong(file, 'every [[sources]] needs files = "a pattern".')
+                raise _wrong(file, 'Every [[sources]] needs files = "a pattern".')
             if entry.get("txt", "file") not in ("file", "paragraph", "line"):
                 raise _wrong(file, "txt is one of file, paragraph, line.")
             for key in sorted(entry.keys() - known):
@@ -219,6 +219,4 @@ def _is_share(value: object) -> bool:
 
 
 def _wrong(file: Path, why: str) -> XverseError:
-    return XverseError(
-        f"The mixture {file} can't be used.", why[0].upper() + why[1:], "See docs/prepare.md."
-    )
+    return XverseError(f"{file} is no mixture that can be used.", why, "See docs/prepare.md.")
