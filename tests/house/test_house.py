@@ -46,7 +46,20 @@ def test_front_door() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "serve", "show", "web"],
+    [
+        "",
+        "benchmark",
+        "chat",
+        "doctor",
+        "export",
+        "generate",
+        "prepare",
+        "pull",
+        "serve",
+        "show",
+        "tokenizer",
+        "web",
+    ],
 )
 def test_help_needs_no_torch(verb: str) -> None:
     code = (

@@ -1,0 +1,1 @@
+"""TEXT -> BATCHES. Corpora read, cleaned, mixed and cut into tokenized shards."""
