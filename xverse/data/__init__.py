@@ -1,0 +1,1 @@
+"""IDS -> BATCHES. Sources, mixtures, shards of tokenized documents, and rows to train on."""

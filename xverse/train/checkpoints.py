@@ -1,0 +1,333 @@
+"""RUN <-> DISK. Checkpoints: written beside the training, whole or not at all, read if sound.
+
+checkpoints/step-00000500/
+    shard-00001-model-00001-of-00001.safetensors   what rank 0 holds of weights and optimizer
+    rank-00000.json                                its random generators, and sha256 of its files
+    manifest.json                                  the run's facts, and sha256 of the files above
+
+Tensors go through torch.distributed.checkpoint, as safetensors with their offsets: any number of
+ranks can read what any other number wrote. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from xverse.errors import XverseError
+from xverse.files import read_json
+from xverse.log import logger
+from xverse.parallel.ranks import Ranks
+from xverse.train import randomness
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+READERS = 4  # files that are hashed at a time: a core each gives about 1.5 GB/s
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says of the run, and which newer ones were refused, and why."""
+
+    step: int
+    facts: Mapping[str, object]
+    refused: tuple[str, ...]
+    generators: bool  # whether this rank's random generators were in it
+
+
+class Checkpoints:
+    """The checkpoints of a run. All ranks make the same calls in the same order."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+        assert keep > 0
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._stager = BlockingAsyncStager()
+        self.seconds = 0.0  # that the latest save took, beside the training
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+        """Begin to write a checkpoint; `tensors` may change as soon as this returns.
+
+        It waits for the one before. What fails is told by `wait`.
+        """
+        self.wait()
+        staged = self._stager.stage(dict(tensors))
+        own = {"generators": randomness.generators(self.ranks.device)}
+        given = (step, staged, dict(facts), own)
+        self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk. Raises XverseError where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise XverseError(
+                f"A checkpoint could not be written to {self.folder}.",
+                f"{type(failure).__name__}: {str(failure)[:500]}",
+                "Check the disk's space and permissions; earlier checkpoints are unharmed.",
+            ) from failure
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        check: Callable[[Mapping[str, object]], None] = lambda facts: None,
+    ) -> Loaded | None:
+        """Fill `tensors` from the newest checkpoint that is whole; `check` may object to its facts.
+
+        None where there is no checkpoint at all. Raises XverseError where there are, and none of
+        them is whole.
+        """
+        refused: list[str] = []
+        for step in self._steps():
+            place = self.folder / _name(step)
+            manifest = self._checked(place)
+            if isinstance(manifest, str):
+                refused.append(f"{place.name}: {manifest}")
+                logger.warning("checkpoint %s is refused: %s", place, manifest)
+                continue
+            facts = manifest["facts"]
+            assert isinstance(facts, dict)
+            check(facts)
+            self._read(place, tensors)
+            known = self._restore_generators(place)
+            return Loaded(step, facts, tuple(refused), known)
+        if refused:
+            raise XverseError(
+                f"None of the checkpoints in {self.folder} can be read.",
+                "; ".join(refused),
+                "Restore one from a backup, or remove the folder to begin again.",
+            )
+        return None
+
+    def _steps(self) -> Iterator[int]:
+        """Steps that have a checkpoint, the newest first, as rank 0 sees them."""
+        found = [step for step, _ in published(self.folder)]
+        for index in range(int(self.ranks.from_first(len(found)))):
+            mine = found[-1 - index] if index < len(found) else 0
+            yield int(self.ranks.from_first(mine))
+
+    def _checked(self, place: Path) -> dict[str, object] | str:
+        """The manifest, or why the checkpoint cannot be used; every rank hashes its share."""
+        manifest = read_manifest(place)
+        why = manifest if isinstance(manifest, str) else ""
+        if not isinstance(manifest, str):
+            files = manifest["files"]
+            assert isinstance(files, dict)
+            mine = sorted(files)[self.ranks.rank :: self.ranks.size]
+            with ThreadPoolExecutor(READERS) as pool:
+                found = pool.map(lambda name: _difference(place / name, files[name]), mine)
+                why = next(filter(None, found), "")
+        if self.ranks.any(bool(why)):
+            return why or "another rank found it damaged"
+        assert isinstance(manifest, dict)
+        return manifest
+
+    def _read(self, place: Path, tensors: Mapping[str, Tensor]) -> None:
+        with _quiet():
+            load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(str(place), thread_count=READERS),
+                process_group=self.ranks.aside,
+                no_dist=self.ranks.size == 1,
+            )
+
+    def _restore_generators(self, place: Path) -> bool:
+        own = place / _rank_name(self.ranks.rank)
+        if not own.exists():  # there were fewer ranks then
+            return False
+        randomness.restore(read_json(own)["generators"], self.ranks.device)
+        return True
+
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        facts: dict[str, object],
+        own: dict[str, object],
+    ) -> None:
+        """The whole save, in its own thread; ranks meet on a group of their own."""
+        began = time.monotonic()
+        failed = False
+        aside = self.folder / f".{_name(step)}.partial"
+        try:
+            self._write_share(aside, tensors, own)
+        except Exception as error:  # told by `wait`, in the thread that trains
+            self._failure, failed = error, True
+        if self._somebody(failed):
+            self._failure = self._failure or OSError("another rank could not write its share")
+            return
+        try:
+            if self.ranks.first:
+                self._publish(step, aside, facts)
+        except Exception as error:
+            self._failure, failed = error, True
+        if self._somebody(failed):
+            self._failure = self._failure or OSError("rank 0 could not publish it")
+        self.seconds = time.monotonic() - began
+
+    def _write_share(self, aside: Path, tensors: dict[str, Tensor], own: dict[str, object]) -> None:
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        self._somebody(False)  # nobody writes before the folder is there
+        with _quiet():
+            save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
+                process_group=self.ranks.aside,
+                no_dist=self.ranks.size == 1,
+            )
+        mine = sorted(aside.glob(f"shard-{self.ranks.rank + 1:05d}-*"))
+        own["files"] = {file.name: _facts(file) for file in mine}
+        write_durably(aside / _rank_name(self.ranks.rank), own)
+
+    def _publish(self, step: int, aside: Path, facts: dict[str, object]) -> None:
+        files: dict[str, object] = {}
+        for rank in range(self.ranks.size):
+            described = aside / _rank_name(rank)
+            told = read_json(described)["files"]
+            assert isinstance(told, dict)
+            files |= told | {described.name: _facts(described)}
+        manifest: dict[str, object] = {
+            "format": FORMAT,
+            "step": step,
+            "ranks": self.ranks.size,
+            "facts": facts,
+            "files": files,
+        }
+        write_durably(aside / MANIFEST, manifest | {"sha256": _digest(manifest)})
+        final = self.folder / _name(step)
+        if final.exists():  # of a run that was rolled back, or a damaged one
+            final.rename(self.folder / f".{final.name}.partial-{os.getpid()}")
+        aside.rename(final)
+        sync_folder(self.folder)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove checkpoints beyond those that are kept, and what was begun and never finished."""
+        for _, place in published(self.folder)[: -self.keep]:
+            shutil.rmtree(place, ignore_errors=True)
+        for place in self.folder.glob(".step-*.partial*"):
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _somebody(self, failed: bool) -> bool:
+        """Whether a rank failed; the writers of all ranks meet here."""
+        if self.ranks.size == 1:
+            return failed
+        import torch
+        import torch.distributed as dist
+
+        found = torch.tensor(int(failed))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.ranks.aside)
+        return bool(found)
+
+
+def published(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by step, the newest last; those being written have other names."""
+    found = []
+    for place in folder.glob("step-*") if folder.is_dir() else ():
+        number = place.name.removeprefix("step-")
+        if number.isdecimal():
+            found.append((int(number), place))
+    return sorted(found)
+
+
+def read_manifest(place: Path) -> dict[str, object] | str:
+    """The manifest of a checkpoint, or why it is none."""
+    try:
+        manifest = read_json(place / MANIFEST)
+    except XverseError as error:
+        return f"{error.what} {error.why}"
+    told = manifest.pop("sha256", None)
+    if told != _digest(manifest):
+        return "its manifest was changed after it was written"
+    if manifest.get("format") != FORMAT:
+        return f"it has format {manifest.get('format')!r}, and this version reads {FORMAT}"
+    return manifest
+
+
+def write_durably(path: Path, value: Mapping[str, object]) -> None:
+    """JSON that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, allow_nan=False, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system knows how."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _rank_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _facts(file: Path) -> dict[str, object]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _difference(file: Path, fact: object) -> str:
+    """Why a file is not the one that was written; empty where it is."""
+    try:
+        size = file.stat().st_size
+        assert isinstance(fact, dict)
+        if size != fact["bytes"]:
+            return f"{file.name} has {size} bytes instead of {fact['bytes']}"
+        return "" if _facts(file) == fact else f"{file.name} was changed: its sha256 is another"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error}"
+
+
+def _digest(manifest: Mapping[str, object]) -> str:
+    text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remark that one process saves alone, which is meant so here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        yield
