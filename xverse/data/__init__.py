@@ -1,1 +1,1 @@
-"""IDS -> BATCHES. Sources, mixtures, shards of tokenized documents, and rows to train on."""
+"""TEXT -> BATCHES. Corpora read, cleaned, mixed, cut into tokenized shards, packed into rows."""
