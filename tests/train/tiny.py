@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from xverse.data.loader import Loader
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
 from xverse.parallel.ranks import Ranks
 from xverse.train.checkpoints import Checkpoints
+from xverse.train.evaluate import Held, loader_of
 from xverse.train.journal import Journal
 from xverse.train.loop import Run
 from xverse.train.objective import Objective, pretrain
@@ -92,24 +92,15 @@ def tiny_run(
     """A run in `folder`, which goes on with what is there."""
     training = training or options()
 
-    def load(seed: int) -> Loader:
-        return Loader(
-            documents or Documents(seed=seed),
-            row_tokens=training.row_tokens,
-            rows_per_step=training.rows_per_step,
-            rows_per_pass=training.rows_per_pass,
-            rank=ranks.rank,
-            ranks=ranks.size,
-            seed=training.seed,
-        )
-
     return Run(
         decoder if decoder is not None else tiny_decoder(),
         objective,
-        load(1),
+        loader_of(documents or Documents(), training, ranks),
         training,
         ranks=ranks,
         checkpoints=Checkpoints(folder / "checkpoints", ranks, keep=training.keep.keep),
         journal=Journal(folder if ranks.first else None),
-        validation=load(2) if validation else None,
+        validation={"en": Held(loader_of(Documents(seed=2), training, ranks), 0.5)}
+        if validation
+        else None,
     )

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from xverse.kernels import dispatch
 from xverse.kernels.reference import route, swiglu
@@ -60,6 +61,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         return route(x_TD, self.weight, self.top_k)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """What the choice is made by: softmax over all experts, [T, X] in fp32."""
+        return functional.linear(x_TD.float(), self.weight.float()).softmax(-1)
 
 
 class MixtureOfExperts(nn.Module):

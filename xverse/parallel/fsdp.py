@@ -25,13 +25,15 @@ def shard(decoder: Decoder, ranks: Ranks, axes: tuple[int, int], *, reshard: boo
     mesh = init_device_mesh(ranks.device.type, axes, mesh_dim_names=("data", "shard"))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     units: list[torch.nn.Module] = []
+    routers: list[torch.nn.Module] = []
     for block in decoder.model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
-            units.append(block.mlp.router)  # in fp32, and a unit has one dtype
+            routers.append(block.mlp.router)  # in fp32, and a unit has one dtype
+            units.append(block.mlp.router)
         units.append(block)
     units.append(decoder)  # embedding, last norm and head: needed first and last, and kept between
     for unit in units:
-        kept = not reshard or unit is decoder
+        kept = not reshard or unit is decoder or unit in routers
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
         assert isinstance(unit, FSDPModule)
         # A sum, divided by nothing: the loss is divided by the targets of all ranks already.

@@ -16,6 +16,7 @@ from xverse.parallel.fsdp import accumulate
 from xverse.parallel.ranks import Ranks
 from xverse.train import flops
 from xverse.train.checkpoints import Checkpoints, Loaded
+from xverse.train.evaluate import Held, evaluate
 from xverse.train.journal import Journal, progress_line
 from xverse.train.objective import Objective
 from xverse.train.optimizer import Optimizer
@@ -40,7 +41,7 @@ class Measured(NamedTuple):
 class Run:
     """A decoder, what it shall learn from, and everything that keeps it from being lost.
 
-    `loader` gives the steps; `validation`, if any, is evaluated from its beginning each time. All
+    `loader` gives the steps; `validation` is evaluated by its parts, each from its beginning. All
     ranks run it alike. After `run` the optimizer has the weights.
     """
 
@@ -54,11 +55,11 @@ class Run:
         ranks: Ranks,
         checkpoints: Checkpoints,
         journal: Journal,
-        validation: Loader | None = None,
+        validation: Mapping[str, Held] | None = None,
     ) -> None:
         self.decoder, self.objective, self.loader = decoder, objective, loader
         self.options, self.ranks, self.journal = options, ranks, journal
-        self.checkpoints, self.validation = checkpoints, validation
+        self.checkpoints, self.validation = checkpoints, validation or {}
         self.optimizer = Optimizer(decoder, options.update, seed=options.seed)
         self.watchdog = Watchdog(options.watch)
         self.step = 0  # updates that were made
@@ -102,8 +103,8 @@ class Run:
             if self.step % self.options.keep.save_every == 0:
                 self._save()
             due = self.step % self.options.keep.evaluate_every == 0
-            if self.validation is not None and (due or self.step == self.options.steps):
-                self.evaluate(stop)
+            if self.validation and (due or self.step == self.options.steps):
+                self._evaluate(stop)
             return
         self.optimizer.clear()
         facts = {"loss": found.loss, "norm": found.norm, "why": verdict.why}
@@ -166,28 +167,22 @@ class Run:
             "mfu_palm": share * flops.palm(shape, tokens),
         }
 
-    @torch.no_grad()
-    def evaluate(self, stop: Stop) -> float | None:
-        """Mean loss on the validation rows, in nats a token; None where `stop` was asked."""
-        assert self.validation is not None
+    def _evaluate(self, stop: Stop) -> None:
+        """Loss on the validation rows; left out where `stop` is asked meanwhile."""
         began = time.monotonic()
-        total = units = 0.0
-        rows = 0
-        for step in self.validation.steps(Position()):
-            if self.ranks.any(bool(stop.asked)):
-                return None
-            if rows >= self.options.keep.evaluate_rows:
-                break
-            for batch in step.passes:
-                part = self.objective(self.decoder, batch.to(self.ranks.device), step.units)
-                total += float(part.loss) * step.units
-            units += step.units
-            rows += self.validation.rows_per_step
-        loss = self.ranks.total([total])[0] / units
-        seconds = time.monotonic() - began
-        self.journal.note("evaluate", step=self.step, loss=loss, seconds=seconds)
-        self.journal.say(f"validation after step {self.step}: loss {loss:.4f}")
-        return loss
+        found = evaluate(
+            self.decoder,
+            self.objective,
+            self.validation,
+            self.options.keep.evaluate_rows,
+            self.ranks,
+            lambda: bool(stop.asked),
+        )
+        if found is not None:
+            seconds = time.monotonic() - began
+            self.journal.note("evaluate", step=self.step, seconds=seconds, **found)
+            told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            self.journal.say(f"validation after step {self.step}: {told}")
 
     def _stopped(self, stop: Stop) -> Outcome:
         if self._saved != self.step:

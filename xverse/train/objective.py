@@ -14,6 +14,7 @@ from xverse.data.loader import Batch
 from xverse.kernels.score import cross_entropy
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
+from xverse.train.balance import weigh
 
 
 class Part(NamedTuple):
@@ -26,11 +27,16 @@ class Part(NamedTuple):
 Objective = Callable[[Decoder, Batch, int], Part]
 
 
-def pretrain(decoder: Decoder, batch: Batch, units: int, *, z_factor: float = 0.0) -> Part:
+def pretrain(
+    decoder: Decoder, batch: Batch, units: int, *, z_factor: float = 0.0, balance: float = 0.0
+) -> Part:
     """Cross-entropy of every next token of every document, in nats a token.
 
-    With `z_factor`, the gradient is that of loss + z_factor * z_loss.
+    With `z_factor`, the gradient is that of loss + z_factor * z_loss; with `balance`, times the
+    balance loss of every mixture of experts too (see balance), which must be balanced decoders'.
     """
+    if balance:
+        weigh(decoder, balance * len(batch.ids) / units)
     kv = Packed(batch.documents, batch.ids.device, decoder.model.norm.weight.dtype)
     x_TD = decoder.hidden(batch.ids, batch.positions, kv)
     # The head is asked for after `hidden`, for which a sharded decoder gathers it.

@@ -149,8 +149,9 @@ class Training:
             names=("learning_rate", "warmup_steps", "clip", "weight_decay", "decay_share"),
         )
         for name in ("beta1", "beta2", "lowest_share", "decay_share"):
-            if not 0 <= getattr(update, name) <= 1 or (name[:4] == "beta" and update.beta2 == 1):
-                raise _impossible(name, getattr(update, name), "it is a share: 0 to 1")
+            value = getattr(update, name)
+            if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
+                raise _impossible(name, value, "it is a share, below 1 for a beta")
         if update.master == "none" and self.compute.dtype == "float32":
             raise _impossible("master", "none", "float32 weights are their own master; leave it")
 
@@ -166,6 +167,8 @@ class Training:
 def _require(options: object, *, at_least: float, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _impossible(name, value, "it is a number")
         if not value >= at_least:
             raise _impossible(name, value, f"it must be {at_least} or more")
 
