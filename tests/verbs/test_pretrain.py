@@ -99,4 +99,4 @@ def test_a_model_learns_and_answers(
 
     prompt = ["generate", str(out), "The model is here", "--temperature", "0", "--device", "cpu"]
     assert cli.run([*prompt, "--max-tokens", "24", "--repetition-penalty", "1"]) == 0
-    assert "in the house on the hill." in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(" in the house")

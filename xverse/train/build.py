@@ -6,7 +6,9 @@ recompute, compile, shards.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager as ContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 
 from xverse.checkpoint import load
@@ -95,16 +98,16 @@ def recompute(decoder: Decoder, how: str) -> Decoder:
     nothing ("none"), all but products and attention ("selective"), or all ("full")."""
     if how == "none":
         return decoder
-    contexts = {"context_fn": _selective} if how == "selective" else {}
+    contexts = _selective if how == "selective" else noop_context_fn
     for block in decoder.model.layers:
         again: Callable[..., Tensor] = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, **contexts
+            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
         )
         block.forward = again
     return decoder
 
 
-def _selective() -> object:
+def _selective() -> tuple[ContextManager[Any], ContextManager[Any]]:
     def policy(_context: object, operation: object, *_args: object, **_named: object) -> object:
         if operation in KEPT:
             return CheckpointPolicy.MUST_SAVE

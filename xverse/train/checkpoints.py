@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -39,6 +40,7 @@ from xverse.train import randomness
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+FAILURES = (Exception, CheckpointException)  # the latter, PyTorch's own, is no Exception
 READERS = 4  # files that are hashed at a time: a core each gives about 1.5 GB/s
 
 
@@ -59,7 +61,7 @@ class Checkpoints:
         assert keep > 0
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._stager = BlockingAsyncStager()
         self.seconds = 0.0  # that the latest save took, beside the training
 
@@ -84,7 +86,7 @@ class Checkpoints:
         if failure is not None:
             raise XverseError(
                 f"A checkpoint could not be written to {self.folder}.",
-                f"{type(failure).__name__}: {str(failure)[:500]}",
+                _reason(failure),
                 "Check the disk's space and permissions; earlier checkpoints are unharmed.",
             ) from failure
 
@@ -178,7 +180,7 @@ class Checkpoints:
         aside = self.folder / f".{_name(step)}.partial"
         try:
             self._write_share(aside, tensors, own)
-        except Exception as error:  # told by `wait`, in the thread that trains
+        except FAILURES as error:  # told by `wait`, in the thread that trains
             self._failure, failed = error, True
         if self._somebody(failed):
             self._failure = self._failure or OSError("another rank could not write its share")
@@ -186,7 +188,7 @@ class Checkpoints:
         try:
             if self.ranks.first:
                 self._publish(step, aside, facts)
-        except Exception as error:
+        except FAILURES as error:
             self._failure, failed = error, True
         if self._somebody(failed):
             self._failure = self._failure or OSError("rank 0 could not publish it")
@@ -292,6 +294,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(failure: BaseException) -> str:
+    """In one line; PyTorch's own exception is a whole traceback."""
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {lines[-1][:300] if lines else 'no more is known'}"
 
 
 def _name(step: int) -> str:
