@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         began = time.monotonic()
-        child(lambda: train(home / "clean")).wait()
+        child(train, home / "clean").wait()
         seconds = time.monotonic() - began
         clean = result(home / "clean")
         figures["clean_run_s"] = round(seconds, 2)
@@ -92,13 +92,13 @@ class Child:
         os.kill(self.pid, number)
 
 
-def child(work: Callable[[], int]) -> Child:
+def child(work: Callable[..., int], *given: object) -> Child:
     pid = os.fork()
     if pid:
         return Child(pid)
     code = 1
     try:
-        code = work()
+        code = work(*given)
     except BaseException as error:
         print(f"child: {type(error).__name__}: {error}", file=sys.stderr)
     finally:
@@ -128,14 +128,14 @@ def kills(
         folder = home / f"killed-{runs}"
         left = min(5, wanted - done)
         while left:
-            victim = child(lambda: train(folder))
+            victim = child(train, folder)
             time.sleep(random.uniform(0, seconds))
             victim.signal(signal.SIGKILL)
             if victim.wait() != -signal.SIGKILL:
                 break  # it was faster
             during_save += any((folder / "checkpoints").glob(".step-*"))
             done, left = done + 1, left - 1
-        assert child(lambda: train(folder)).wait() == 0
+        assert child(train, folder).wait() == 0
         runs += 1
         identical += same(result(folder), clean)
         shutil.rmtree(folder)
@@ -155,7 +155,7 @@ def terms(
     folder = home / "ended"
     while done < wanted:
         (folder / LISTENS).unlink(missing_ok=True)
-        victim = child(lambda: train(folder))
+        victim = child(train, folder)
         while not (folder / LISTENS).exists():  # the verb listens before it does anything else
             time.sleep(0.001)
         time.sleep(random.uniform(0, seconds))
@@ -189,11 +189,11 @@ def faults(home: Path, wanted: int) -> dict[str, object]:
         folder = home / "faulted"
         kind = kinds[number % 3]
         place = number // 3 % events
-        assert child(lambda: save(folder, 1)).wait() == 0
-        child(lambda: faulted(folder, kind, place, random.Random(number))).wait()  # noqa: B023
-        loaded[child(lambda: load(folder)).wait()] += 1
-        assert child(lambda: save(folder, 3)).wait() == 0  # and the next one succeeds
-        assert child(lambda: load(folder)).wait() == 3
+        assert child(save, folder, 1).wait() == 0
+        child(faulted, folder, kind, place, random.Random(number)).wait()
+        loaded[child(load, folder).wait()] += 1
+        assert child(save, folder, 3).wait() == 0  # and the next one succeeds
+        assert child(load, folder).wait() == 3
         shutil.rmtree(folder)
     return {
         "faulted": wanted,
@@ -250,7 +250,7 @@ def watch(folder: Path, act: Callable[[int], None]) -> None:
 
 def count_events(folder: Path) -> int:
     """Changes of the disk in a save, counted in a child since a hook cannot be taken off."""
-    assert child(lambda: save(folder, 1)).wait() == 0
+    assert child(save, folder, 1).wait() == 0
     told = folder / "count"
 
     def work() -> int:
@@ -306,7 +306,7 @@ def poisoned(home: Path, wanted: int) -> dict[str, object]:
 
     harm.passes = 0  # type: ignore[attr-defined]
     for name, objective in (("calm", pretrain), ("harmed", harm)):
-        assert child(lambda: train(home / name, training, objective)).wait() == 0  # noqa: B023
+        assert child(train, home / name, training, objective).wait() == 0
     calm, harmed = (
         [facts["loss"] for facts in last_steps(read_events(home / name / "metrics.jsonl"))]
         for name in ("calm", "harmed")

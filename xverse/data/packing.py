@@ -31,7 +31,7 @@ def pack(documents: Sequence[int], lengths: Sequence[int], row_tokens: int) -> l
     rows: list[Row] = []
     rest: list[Piece] = []
     for document, tokens in zip(documents, lengths, strict=True):
-        start, inputs = 0, tokens - 1
+        inputs = max(0, tokens - 1)
         for start in range(0, inputs - row_tokens + 1, row_tokens):
             rows.append([Piece(document, start, row_tokens)])
         start = inputs // row_tokens * row_tokens
