@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -240,7 +241,7 @@ def watch(folder: Path, act: Callable[[int], None]) -> None:
 
     real = os.fsync
 
-    def fsync(handle: int) -> None:
+    def fsync(handle: Any) -> None:
         on_event()
         real(handle)
 

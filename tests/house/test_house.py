@@ -46,7 +46,19 @@ def test_front_door() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "serve", "show", "web"],
+    [
+        "",
+        "benchmark",
+        "chat",
+        "doctor",
+        "export",
+        "generate",
+        "pretrain",
+        "pull",
+        "serve",
+        "show",
+        "web",
+    ],
 )
 def test_help_needs_no_torch(verb: str) -> None:
     code = (

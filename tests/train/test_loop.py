@@ -1,5 +1,7 @@
 """The loop: a run that was stopped, killed or poisoned ends as the one that never was."""
 
+import multiprocessing
+import multiprocessing.context
 import os
 import signal
 from collections.abc import Callable
@@ -62,20 +64,36 @@ def test_a_run_learns(clean: tuple[list[float], dict[str, torch.Tensor]]) -> Non
     assert clean[0][-1] < 3.8
 
 
+def die(folder: Path, step: int) -> None:
+    """Train, and be killed in the second pass of a step, a save perhaps on its way."""
+
+    def kill(part: Part) -> Part:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return part
+
+    torch.set_num_threads(1)
+    tiny_run(folder, objective=at_pass(2 * step, kill), validation=True).run(Stop())
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Forks of a process that has imported all and started nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.test_loop"])
+    return context
+
+
 @pytest.mark.parametrize("step", [2, 5, 9])
 def test_a_process_that_dies_is_gone_on_from_bit_for_bit(
-    tmp_path: Path, clean: tuple[list[float], dict[str, torch.Tensor]], step: int
+    tmp_path: Path,
+    clean: tuple[list[float], dict[str, torch.Tensor]],
+    processes: multiprocessing.context.ForkServerContext,
+    step: int,
 ) -> None:
-    """A child is killed in the middle of a backward pass, a save perhaps on its way."""
-    pid = os.fork()
-    if not pid:
-        run = tiny_run(
-            tmp_path,
-            objective=at_pass(2 * step, lambda part: os.kill(os.getpid(), signal.SIGKILL) or part),
-        )
-        run.run(Stop())
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    child = processes.Process(target=die, args=(tmp_path, step))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     run = tiny_run(tmp_path, validation=True)
     assert run.run(Stop()) == "done"
     assert_same(tmp_path, run, clean)

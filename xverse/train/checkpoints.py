@@ -62,7 +62,8 @@ class Checkpoints:
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._stager = BlockingAsyncStager()
+        # Kept for the next save where it is pinned memory, which is slow to get.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
         self.seconds = 0.0  # that the latest save took, beside the training
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
@@ -174,32 +175,31 @@ class Checkpoints:
         facts: dict[str, object],
         own: dict[str, object],
     ) -> None:
-        """The whole save, in its own thread; ranks meet on a group of their own."""
+        """The whole save, in its own thread; after each part ranks ask whether all succeeded."""
         began = time.monotonic()
-        failed = False
         aside = self.folder / f".{_name(step)}.partial"
-        try:
-            self._write_share(aside, tensors, own)
-        except FAILURES as error:  # told by `wait`, in the thread that trains
-            self._failure, failed = error, True
-        if self._somebody(failed):
-            self._failure = self._failure or OSError("another rank could not write its share")
-            return
-        try:
-            if self.ranks.first:
-                self._publish(step, aside, facts)
-        except FAILURES as error:
-            self._failure, failed = error, True
-        if self._somebody(failed):
-            self._failure = self._failure or OSError("rank 0 could not publish it")
+        parts: tuple[Callable[[], None], ...] = (
+            lambda: self._make_room(aside),
+            lambda: self._write_share(aside, tensors, own),
+            lambda: self._publish(step, aside, facts),
+        )
+        for part in parts:
+            try:
+                part()
+            except FAILURES as error:  # told by `wait`, in the thread that trains
+                self._failure = error
+            if self._somebody(self._failure is not None):
+                self._failure = self._failure or OSError("another rank could not write its part")
+                return
         self.seconds = time.monotonic() - began
 
-    def _write_share(self, aside: Path, tensors: dict[str, Tensor], own: dict[str, object]) -> None:
+    def _make_room(self, aside: Path) -> None:
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-        self._somebody(False)  # nobody writes before the folder is there
+
+    def _write_share(self, aside: Path, tensors: dict[str, Tensor], own: dict[str, object]) -> None:
         with _quiet():
             save(
                 tensors,
@@ -212,6 +212,8 @@ class Checkpoints:
         write_durably(aside / _rank_name(self.ranks.rank), own)
 
     def _publish(self, step: int, aside: Path, facts: dict[str, object]) -> None:
+        if not self.ranks.first:
+            return
         files: dict[str, object] = {}
         for rank in range(self.ranks.size):
             described = aside / _rank_name(rank)
