@@ -123,10 +123,10 @@ def test_what_cannot_be_shared_or_learned_is_refused() -> None:
 def test_prefetch_gives_the_same_and_ends_and_tells_what_failed() -> None:
     assert list(Prefetch(iter(range(10)))) == list(range(10))
 
-    def broken() -> "list[int]":
+    def broken(_: int) -> int:
         raise OSError("the disk is gone")
 
-    ahead = Prefetch(x for x in [broken()])
+    ahead = Prefetch(map(broken, range(1)))
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)

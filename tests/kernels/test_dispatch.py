@@ -5,7 +5,14 @@ import importlib.util
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference, reference_experts, reference_sample
+from xverse.kernels import (
+    attend,
+    dispatch,
+    reference,
+    reference_experts,
+    reference_sample,
+    reference_train,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,6 +28,9 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.swiglu_joined,
         *2 * plain,
         reference.attend,
+        *2 * [attend.attend_documents],
+        reference_train.score_logits,
+        reference_train.adamw,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,

@@ -153,13 +153,9 @@ def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = 
 def score(device: torch.device) -> Choice:
     """The function in the place of `reference_train.score_logits`."""
     operation = "loss of a chunk of logits"
-    if device.type != "cuda" or not _triton_is_here():
-        return Choice(
-            operation,
-            "plain PyTorch, the reference",
-            f"{device.type}",
-            reference_train.score_logits,
-        )
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, reference_train.score_logits, device, why_not)
     why = "each logit is read twice and written once"
     return Choice(operation, "compiled by PyTorch", why, _compiled_score())
 

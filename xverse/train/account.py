@@ -29,6 +29,7 @@ def account(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
                 spent["repeated"] += _withdraw(steps, event["step"])
                 opening = True
             case "step":
+                spent["waiting for data"] += event.get("waited", 0.0)
                 steps[event["step"]] = event["seconds"]
                 openers.discard(event["step"])
                 if opening:
@@ -44,7 +45,8 @@ def account(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             case "evaluate":
                 spent["evaluating"] += event["seconds"]
         last = event["time"]
-    usual = statistics.median(steps.values()) if steps else 0.0
+    ordinary = [seconds for step, seconds in steps.items() if step not in openers]
+    usual = statistics.median(ordinary or [0.0])
     for step in openers & steps.keys():
         longer = max(0.0, steps[step] - usual)
         steps[step] -= longer

@@ -51,7 +51,6 @@ class Loaded:
     step: int
     facts: Mapping[str, object]
     refused: tuple[str, ...]
-    generators: bool  # whether this rank's random generators were in it
 
 
 class Checkpoints:
@@ -119,8 +118,8 @@ class Checkpoints:
             assert isinstance(facts, dict)
             check(facts)
             self._read(place, tensors)
-            known = self._restore_generators(place)
-            return Loaded(step, facts, tuple(refused), known)
+            self._restore_generators(place)
+            return Loaded(step, facts, tuple(refused))
         if refused:
             raise XverseError(
                 f"None of the checkpoints in {self.folder} can be read.",
@@ -161,12 +160,11 @@ class Checkpoints:
                 no_dist=self.ranks.size == 1,
             )
 
-    def _restore_generators(self, place: Path) -> bool:
+    def _restore_generators(self, place: Path) -> None:
+        """A rank beyond those that wrote it keeps its fresh ones."""
         own = place / _rank_name(self.ranks.rank)
-        if not own.exists():  # there were fewer ranks then
-            return False
-        randomness.restore(read_json(own)["generators"], self.ranks.device)
-        return True
+        if own.exists():
+            randomness.restore(read_json(own)["generators"], self.ranks.device)
 
     def _write(
         self,

@@ -85,21 +85,23 @@ class Run:
             while self.step < self.options.steps:
                 if self.ranks.any(bool(stop.asked)):
                     return self._stopped(stop)
-                self._advance(next(data), stop)
+                asked = time.monotonic()
+                step = next(data)
+                self._advance(step, time.monotonic() - asked, stop)
             self._save(wait=True)
         finally:
             data.close()
             self._settle()
         return "done"
 
-    def _advance(self, step: Step, stop: Stop) -> None:
-        """One step, and what falls due after it."""
+    def _advance(self, step: Step, waited: float, stop: Stop) -> None:
+        """One step, whose data was waited for so long, and what falls due after it."""
         began = time.monotonic()
         found = self._compute(step)
         verdict = self.watchdog.judge(found.loss, found.norm)
         self.position = step.after
         if verdict.act == "update":
-            self._update(step, found, began)
+            self._update(step, found, began, waited)
             if self.step % self.options.keep.save_every == 0:
                 self._save()
             due = self.step % self.options.keep.evaluate_every == 0
@@ -130,7 +132,7 @@ class Run:
         norm = math.sqrt(squares) if squares >= 0 else math.nan
         return Measured(loss, norm, dict(zip(also, rest, strict=True)))
 
-    def _update(self, step: Step, found: Measured, began: float) -> None:
+    def _update(self, step: Step, found: Measured, began: float, waited: float) -> None:
         update = self.options.update
         rate = learning_rate(self.step, self.options.steps, update)
         clipped = update.clip and found.norm > update.clip
@@ -146,6 +148,7 @@ class Run:
             "rate": rate,
             "tokens": self.tokens,
             "seconds": seconds,
+            "waited": waited,
             "pace": sum(self._paces) / len(self._paces),
             "tokens_per_second": speed,
             **self._utilization(speed),
