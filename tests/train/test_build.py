@@ -61,19 +61,18 @@ def test_recompute_keeps_less() -> None:
 
 
 def test_compiled_blocks_share_their_code() -> None:
-    """The block's number is no part of what is compiled: 12 of them are compiled once."""
+    """12 blocks are compiled once: a handful of graphs, and not 12 times as many."""
     import torch._dynamo
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     counter = CompileCounter()
     decoder = build.fresh(tiny_shape(num_hidden_layers=12), options(), ALONE)
-    for block in decoder.model.layers:
-        block.compile(backend=counter)
+    build.compiled(decoder, backend=counter)
     ids, positions = torch.zeros(64, dtype=torch.int64), torch.arange(64)
     for _ in range(2):
         decoder.hidden(ids, positions, Packed((64,))).sum().backward()
-    assert counter.frame_count == 1
+    assert 0 < counter.frame_count <= 4
 
 
 def test_bf16_follows_fp32_with_a_master_and_without(tmp_path: Path) -> None:

@@ -88,9 +88,20 @@ def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
         decoder = balance.balanced(decoder)
     decoder = recompute(decoder, compute.recompute)
     if compute.compile == "yes" or (compute.compile == "auto" and ranks.device.type == "cuda"):
-        for block in decoder.model.layers:
-            block.compile()
+        decoder = compiled(decoder)
     return shard(decoder, ranks, options.mesh.resolve(ranks.size), reshard=compute.reshard)
+
+
+def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> Decoder:
+    """Blocks compiled by PyTorch when they first run: once, for all of them.
+
+    A block's number is no part of it: training keeps no keys and values to find again, and code
+    that is made for one number is made anew for the next, and after eight of them not at all.
+    """
+    for block in decoder.model.layers:
+        block.self_attn.layer = 0
+        block.compile(backend=backend)
+    return decoder
 
 
 def recompute(decoder: Decoder, how: str) -> Decoder:
