@@ -26,8 +26,9 @@ from tests.train.tiny import ALONE, options, tiny_run
 from xverse.data.loader import Batch
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
-from xverse.train.checkpoints import Checkpoints, published
+from xverse.train.checkpoints import Checkpoints
 from xverse.train.journal import last_steps, read_events
+from xverse.train.manifest import published
 from xverse.train.objective import Part, pretrain
 from xverse.train.options import Keeping, Training, Updating, Watching
 from xverse.train.stop import Stop

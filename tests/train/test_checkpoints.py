@@ -11,8 +11,9 @@ import torch
 
 from tests.train.tiny import ALONE
 from xverse.errors import XverseError
-from xverse.train import checkpoints as module
-from xverse.train.checkpoints import Checkpoints, published
+from xverse.train import manifest
+from xverse.train.checkpoints import Checkpoints
+from xverse.train.manifest import published
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -158,4 +159,4 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
     save(tmp_path, 1)
     names = {file.suffix for file in (tmp_path / "step-00000001").iterdir()}
     assert names == {".safetensors", ".json"}
-    assert module.FORMAT == 1, "another format needs a way to read this one"
+    assert manifest.FORMAT == 1, "another format needs a way to read this one"

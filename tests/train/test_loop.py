@@ -15,9 +15,9 @@ from xverse.data.loader import Batch
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
 from xverse.train.account import account
-from xverse.train.checkpoints import published
 from xverse.train.journal import last_steps, read_events
 from xverse.train.loop import Run
+from xverse.train.manifest import published
 from xverse.train.objective import Objective, Part, pretrain
 from xverse.train.options import Keeping, Updating, Watching
 from xverse.train.stop import Stop

@@ -10,8 +10,6 @@ ranks can read what any other number wrote. Nothing is pickled.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import threading
@@ -37,9 +35,17 @@ from xverse.files import read_json
 from xverse.log import logger
 from xverse.parallel.ranks import Ranks
 from xverse.train import randomness
+from xverse.train.manifest import (
+    FORMAT,
+    difference,
+    file_facts,
+    published,
+    read_manifest,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 FAILURES = (Exception, CheckpointException)  # the latter, PyTorch's own, is no Exception
 READERS = 4  # files that are hashed at a time: a core each gives about 1.5 GB/s
 
@@ -144,7 +150,7 @@ class Checkpoints:
             assert isinstance(files, dict)
             mine = sorted(files)[self.ranks.rank :: self.ranks.size]
             with ThreadPoolExecutor(READERS) as pool:
-                found = pool.map(lambda name: _difference(place / name, files[name]), mine)
+                found = pool.map(lambda name: difference(place / name, files[name]), mine)
                 why = next(filter(None, found), "")
         if self.ranks.any(bool(why)):
             return why or "another rank found it damaged"
@@ -206,7 +212,7 @@ class Checkpoints:
                 no_dist=self.ranks.size == 1,
             )
         mine = sorted(aside.glob(f"shard-{self.ranks.rank + 1:05d}-*"))
-        own["files"] = {file.name: _facts(file) for file in mine}
+        own["files"] = {file.name: file_facts(file) for file in mine}
         write_durably(aside / _rank_name(self.ranks.rank), own)
 
     def _publish(self, step: int, aside: Path, facts: dict[str, object]) -> None:
@@ -217,7 +223,7 @@ class Checkpoints:
             described = aside / _rank_name(rank)
             told = read_json(described)["files"]
             assert isinstance(told, dict)
-            files |= told | {described.name: _facts(described)}
+            files |= told | {described.name: file_facts(described)}
         manifest: dict[str, object] = {
             "format": FORMAT,
             "step": step,
@@ -225,7 +231,7 @@ class Checkpoints:
             "facts": facts,
             "files": files,
         }
-        write_durably(aside / MANIFEST, manifest | {"sha256": _digest(manifest)})
+        write_manifest(aside, manifest)
         final = self.folder / _name(step)
         if final.exists():  # of a run that was rolled back, or a damaged one
             final.rename(self.folder / f".{final.name}.partial-{os.getpid()}")
@@ -252,50 +258,6 @@ class Checkpoints:
         return bool(found)
 
 
-def published(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints by step, the newest last; those being written have other names."""
-    found = []
-    for place in folder.glob("step-*") if folder.is_dir() else ():
-        number = place.name.removeprefix("step-")
-        if number.isdecimal():
-            found.append((int(number), place))
-    return sorted(found)
-
-
-def read_manifest(place: Path) -> dict[str, object] | str:
-    """The manifest of a checkpoint, or why it is none."""
-    try:
-        manifest = read_json(place / MANIFEST)
-    except XverseError as error:
-        return f"{error.what} {error.why}"
-    told = manifest.pop("sha256", None)
-    if told != _digest(manifest):
-        return "its manifest was changed after it was written"
-    if manifest.get("format") != FORMAT:
-        return f"it has format {manifest.get('format')!r}, and this version reads {FORMAT}"
-    return manifest
-
-
-def write_durably(path: Path, value: Mapping[str, object]) -> None:
-    """JSON that is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system knows how."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _reason(failure: BaseException) -> str:
     """In one line; PyTorch's own exception is a whole traceback."""
     lines = [line for line in str(failure).splitlines() if line.strip()]
@@ -308,29 +270,6 @@ def _name(step: int) -> str:
 
 def _rank_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
-
-
-def _facts(file: Path) -> dict[str, object]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _difference(file: Path, fact: object) -> str:
-    """Why a file is not the one that was written; empty where it is."""
-    try:
-        size = file.stat().st_size
-        assert isinstance(fact, dict)
-        if size != fact["bytes"]:
-            return f"{file.name} has {size} bytes instead of {fact['bytes']}"
-        return "" if _facts(file) == fact else f"{file.name} was changed: its sha256 is another"
-    except OSError as error:
-        return f"{file.name} cannot be read: {error}"
-
-
-def _digest(manifest: Mapping[str, object]) -> str:
-    text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextlib.contextmanager
