@@ -54,6 +54,7 @@ def test_front_door() -> None:
         "export",
         "generate",
         "prepare",
+        "pretrain",
         "pull",
         "serve",
         "show",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xverse.kernels import (
+    attend,
     attend_cpu,
     dispatch,
     native,
@@ -14,6 +15,7 @@ from xverse.kernels import (
     reference_experts,
     reference_packed,
     reference_sample,
+    reference_train,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,6 +32,9 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.swiglu_joined,
         *2 * plain,
         reference.attend,
+        *2 * [attend.attend_documents],
+        reference_train.score_logits,
+        reference_train.adamw,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,
