@@ -1,7 +1,7 @@
 """`xverse evaluate` beside lm-evaluation-harness: same weights, same prompts, scores and seconds.
 
-    python -m bench.eval_peers scores --limit 100      # every task of whole continuations, and exams
-    python -m bench.eval_peers speed --subjects 57     # all 1,531 validation questions of MMLU
+    python -m bench.eval_peers scores --limit 100
+    python -m bench.eval_peers speed --subjects 57
 
 lm-evaluation-harness runs transformers' Llama over the very weights that our engine has, and is
 told our prompts and options through a task of its own for each of ours. Needs lm_eval,
@@ -46,7 +46,12 @@ def main() -> None:
     peer = open_peer(llm)
     run = scores if asked.what == "scores" else speed
     figures = run(llm, peer, asked)
-    figures = {"model": llm.title, "dtype": "float32", "threads": torch.get_num_threads(), **figures}
+    figures = {
+        "model": llm.title,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        **figures,
+    }
     print(json.dumps(figures, indent=1))
     if asked.name:
         record(asked.name, figures, ("transformers", "lm_eval"))
@@ -102,9 +107,7 @@ def speed(llm: LLM, peer: Any, asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ours(
-    llm: LLM, tasks: Sequence[Task], options: Options
-) -> tuple[list[Result], float, float]:
+def ours(llm: LLM, tasks: Sequence[Task], options: Options) -> tuple[list[Result], float, float]:
     """Results, seconds on the clock, and seconds of CPU; tokenizing and reading included."""
     door = LocalDoor(llm)
     with tempfile.TemporaryDirectory() as folder:

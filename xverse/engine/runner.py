@@ -233,9 +233,7 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
         start += chunk.rows
 
 
-def _read_labels(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor
-) -> None:
+def _read_labels(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
     """Add the labels' log-probabilities; all prompts of a step share one product, one copy."""
     ends = accumulate(chunk.rows for chunk in chunks)
     pairs = zip(chunks, ends, strict=True)

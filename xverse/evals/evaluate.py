@@ -51,7 +51,7 @@ def evaluate(
     """
     chosen = tasks_of(tasks)
     options = Options(shots=shots, limit=limit, seed=seed, chat=chat)
-    folder, files = Path(out).expanduser(), _data_folder(data)
+    folder, files = Path(out).expanduser(), data_folder(data)
     door = open_door(model, **how) if isinstance(model, (str, Path)) else model
     results = run_tasks(door, chosen, files, folder, options)
     report = Report(dict(door.facts), tuple(map(figure_of, results)), folder)
@@ -70,12 +70,13 @@ def open_door(model: str | Path, **how: Any) -> Door:
     return LocalDoor(llm, **stated)
 
 
-def _data_folder(data: str | Path | None) -> Path:
+def data_folder(data: str | Path | None, *, must_exist: bool = True) -> Path:
+    """The folder of the benchmarks: as named, else $XVERSE_EVAL_DATA, else in the cache."""
     from xverse.device import env
 
     named = str(data) if data is not None else env("XVERSE_EVAL_DATA", "")
     folder = Path(named).expanduser() if named else Path.home() / ".cache" / "xverse" / "evals"
-    if data is not None and not folder.is_dir():
+    if must_exist and data is not None and not folder.is_dir():
         raise XverseError(
             f"There is no folder {str(folder)!r}.",
             "--data names the folder of the benchmarks' original files.",

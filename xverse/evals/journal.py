@@ -28,7 +28,9 @@ class Journal:
             self._known = self._read()
         except OSError as error:
             raise XverseError(
-                f"The folder {str(folder)!r} cannot be used.", str(error), "Name another with --out."
+                f"The folder {str(folder)!r} cannot be used.",
+                str(error),
+                "Name another with --out.",
             ) from error
 
     def __contains__(self, key: str) -> bool:
@@ -65,7 +67,7 @@ class Journal:
                 file.truncate(whole)
         try:
             pairs = [json.loads(line) for line in raw[:whole].splitlines()]
-            return {key: outcomes for key, outcomes in pairs}
+            return dict(pairs)
         except ValueError as error:
             raise XverseError(
                 f"{self._file} is damaged.",

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from xverse.engine.footprint import weight_bytes
 from xverse.engine.llm import LLM
 from xverse.engine.request import Request, Sampling, Scores
 from xverse.errors import XverseError
@@ -37,6 +38,7 @@ class LocalDoor:
             "tokenizer": digest(backend),
             "chat_template": digest(llm.tokenizer.chat_template),
             "dtype": dtype,
+            "weights_bytes": weight_bytes(llm.decoder),
             "context": self.context,
             **facts,
         }
@@ -79,9 +81,7 @@ class LocalDoor:
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str], namespace: str
     ) -> list[str]:
         """The greedy continuation of each prompt, up to the first stop string."""
-        sampling = Sampling(
-            **{**GREEDY.__dict__, "max_tokens": max_tokens, "stop": tuple(stop)}
-        )
+        sampling = Sampling(**{**GREEDY.__dict__, "max_tokens": max_tokens, "stop": tuple(stop)})
         ids = [self._encode(prompt) for prompt in prompts]
         answers = []
         for some in (ids[:1], ids[1:]):

@@ -44,7 +44,9 @@ def draw_quantization(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         x, y = [row["memory_gb"] for row in some], [row["mmlu"] for row in some]
         axes.plot(x, y, "o-", color=color, label=model)
         for row in some:
-            axes.annotate(row["precision"], (row["memory_gb"], row["mmlu"]), (4, 4), None, "offset points")
+            axes.annotate(
+                row["precision"], (row["memory_gb"], row["mmlu"]), (4, 4), None, "offset points"
+            )
     axes.set(xlabel="memory, GB", ylabel="MMLU, %", title="What rounding costs and saves")
     axes.legend(frameon=False)
     _save(file.parent, {file.stem: canvas})
@@ -64,7 +66,9 @@ def bars(figures: Sequence[Mapping[str, Any]], name: str) -> "Canvas":
     )
     rows = _published_rows()
     for color, (model, values) in zip(THEIRS * 3, rows.items(), strict=False):
-        points = [(values[f["task"]], place) for place, f in enumerate(figures) if f["task"] in values]
+        points = [
+            (values[f["task"]], place) for place, f in enumerate(figures) if f["task"] in values
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), "|", color=color, ms=12, mew=2, label=model)
     axes.set_yticks(places, [figure["title"] for figure in figures])

@@ -13,6 +13,10 @@ from xverse.files import write_json
 
 FILES = ("report.json", "report.md", "report.csv", "report.html")
 HEAD = ("Task", "Result", "± stderr", "n", "Shots", "Seed", "Task hash", "Prompt hash", "Weights")
+CSV_HEAD = (
+    *("task", "part", "metric", "value", "stderr", "n", "shots", "seed", "chat", "reads"),
+    *("task_hash", "prompt_hash", "weights_hash", "model"),
+)
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .75rem;text-align:right;"
@@ -30,9 +34,9 @@ def write_report(folder: Path, report: Mapping[str, Any], *, plots: bool = True)
         images = draw_all(folder / "plots", report)
     tables = tables_of(report)
     write_json(folder / "report.json", dict(report))
-    _write(folder / "report.csv", as_csv(report))
-    _write(folder / "report.md", as_markdown(report, tables, images))
-    _write(folder / "report.html", as_html(report, tables, images))
+    write_text(folder / "report.csv", as_csv(report))
+    write_text(folder / "report.md", as_markdown(report, tables, images))
+    write_text(folder / "report.html", as_html(report, tables, images))
 
 
 def rows_of(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -80,10 +84,7 @@ def as_csv(report: Mapping[str, Any]) -> str:
     """A line for each task, category and group, with the hashes of the task."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("task", "part", "metric", "value", "stderr", "n", "shots", "seed", "chat", "reads")
-        + ("task_hash", "prompt_hash", "weights_hash", "model")
-    )
+    writer.writerow(CSV_HEAD)
     model = report["model"]
     for figure in report["figures"]:
         parts = {"all": figure, **figure["categories"], **figure["groups"]}
@@ -100,14 +101,14 @@ def as_csv(report: Mapping[str, Any]) -> str:
 def as_markdown(report: Mapping[str, Any], tables: Sequence[Table], images: Sequence[str]) -> str:
     """The report for people."""
     lines = [f"# {_md(report['model']['model'])}", "", *_facts(report["model"]), ""]
-    lines += _md_table(HEAD, rows_of(report))
+    lines += markdown_table(HEAD, rows_of(report))
     lines += [f"- {_md(note)}" for note in footnotes_of(report)]
     for table in tables:
         rows = [
             (_md(name), *(_bold(table, row, c) for c in range(len(table.head))))
             for row, name in enumerate(table.names)
         ]
-        lines += ["", f"## {_md(table.title)}", "", *_md_table(("Model", *table.head), rows)]
+        lines += ["", f"## {_md(table.title)}", "", *markdown_table(("Model", *table.head), rows)]
         lines += [f"- {_md(note)}" for note in table.footnotes]
     lines += ["", *(f"![{Path(image).stem}]({image})" for image in images)]
     return "\n".join(lines).rstrip() + "\n"
@@ -151,7 +152,8 @@ def _md(text: object) -> str:
     return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, and an empty one; cells come escaped."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
@@ -168,7 +170,8 @@ def _html_notes(notes: Sequence[str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
     aside = file.with_name(f"{file.name}.partial")
     try:
         aside.write_text(text, "utf-8")

@@ -50,7 +50,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
-    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115, PTH123 - for as long as this process lives
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 - for as long as this process lives
     code = compile(asked["program"], "<solution>", "exec", dont_inherit=True)
     limit(asked["memory_bytes"], asked["cpu_s"])
     shut_in()

@@ -25,7 +25,9 @@ def examples(rows: Sequence[Sequence[str]], count: int) -> tuple[str, ...]:
     return tuple(f"{lettered(q, choices)} {gold}\n\n" for q, *choices, gold in rows[:count])
 
 
-def exam_item(name: str, group: str, row: Sequence[str], shots: tuple[str, ...], about: str) -> Item:
+def exam_item(
+    name: str, group: str, row: Sequence[str], shots: tuple[str, ...], about: str
+) -> Item:
     """One question after its header and examples."""
     question, *choices, gold = row
     return Item(
@@ -109,7 +111,5 @@ CEVAL = Task(
     by_group=True,  # as the published averages, which follow from the published categories
     note="The validation set: the answers of the test set were never published.",
 )
-CMMLU = Task(
-    "cmmlu", "CMMLU", "choice", cmmlu, "cmmlu", shots=5, categories=SUBJECTS["cmmlu"]
-)
+CMMLU = Task("cmmlu", "CMMLU", "choice", cmmlu, "cmmlu", shots=5, categories=SUBJECTS["cmmlu"])
 TASKS = (MMLU, MMLU_VALIDATION, CEVAL, CMMLU)

@@ -1,4 +1,4 @@
-"""LONG TEXTS -> ITEMS. Three tasks of LongBench with its own prompts, and the needle in a haystack."""
+"""LONG TEXTS -> ITEMS. Three tasks of LongBench with its own prompts; the needle in a haystack."""
 
 import json
 import random
@@ -86,7 +86,9 @@ def needle(folder: Path, shots: int) -> Iterator[Item]:
             place = len(hay) * depth // 100
             secret = f"The number of the locker is {number}."
             text = " ".join([*hay[:place], secret, *hay[place:]])
-            question = f"{text}\n\nQuestion: What is the number of the locker?\nAnswer: The number is"
+            question = (
+                f"{text}\n\nQuestion: What is the number of the locker?\nAnswer: The number is"
+            )
             name, group = f"{words} words, {depth} %", f"{words} words"
             yield Item(name, question, group, reference={"number": number})
 

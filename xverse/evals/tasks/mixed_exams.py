@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from xverse.evals.item import LETTERS, Item, Task, labels, lettered
 from xverse.evals.tasks.exams import HEADER, examples, subject_name
@@ -101,9 +102,9 @@ def _written_examples(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(f"{question}\nAnswer: {gold}\n\n" for question, *_, gold in rows)
 
 
-def _row_of(record: str | Mapping[str, object]) -> Row | None:
+def _row_of(record: str | Mapping[str, Any]) -> Row | None:
     """An AGIEval record as a row; None where it has no choices, or not one right answer."""
-    fields = json.loads(record) if isinstance(record, str) else record
+    fields: Mapping[str, Any] = json.loads(record) if isinstance(record, str) else record
     options, label = fields["options"], fields["label"]
     letters = [*label] if isinstance(label, list) else [label]
     if not options or len(letters) != 1 or letters[0] not in (*LETTERS[: len(options)],):

@@ -44,7 +44,9 @@ def _items(file: Path, written: bool, folder: Path, shots: int) -> Iterator[Item
     for number, row in enumerate(rows, 1):
         if not {"question", "answer"} <= row.keys() <= KEYS or ("choices" not in row) != written:
             raise _bad_line(file, number, f"It has the keys {', '.join(row) or 'none'}.")
-    solved = tuple(f"{_asked(row)} {_answer(file, n, row)}\n\n" for n, row in enumerate(rows[:shots], 1))
+    solved = tuple(
+        f"{_asked(row)} {_answer(file, n, row)}\n\n" for n, row in enumerate(rows[:shots], 1)
+    )
     for number, row in enumerate(rows[shots:], shots + 1):
         answer, group = _answer(file, number, row), str(row.get("group", ""))
         item = Item(str(number), _asked(row), group, shots=solved, reference={"answer": answer})

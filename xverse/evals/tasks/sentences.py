@@ -24,9 +24,7 @@ def piqa(folder: Path, shots: int) -> Iterator[Item]:
     """valid.jsonl has the questions, valid-labels.lst the answers; there are no examples."""
     _no_examples(shots)
     golds = (folder / "valid-labels.lst").read_text("utf-8").split()
-    for place, (row, gold) in enumerate(
-        zip(lines_of(folder / "valid.jsonl"), golds, strict=True)
-    ):
+    for place, (row, gold) in enumerate(zip(lines_of(folder / "valid.jsonl"), golds, strict=True)):
         choices = (f" {row['sol1']}", f" {row['sol2']}")
         question = f"Question: {row['goal']}\nAnswer:"
         yield Item(str(place), question, options=choices, gold=int(gold))
