@@ -66,7 +66,8 @@ def open_door(model: str | Path, **how: Any) -> Door:
     from xverse.evals.local import LocalDoor
 
     llm = LLM(model, share_prefixes=True, **how)
-    stated = {key: how[key] for key in ("quantize", "kv_dtype", "deterministic") if how.get(key)}
+    named = ("quantize", "kv_dtype", "deterministic")
+    stated = {key: how[key] for key in named if how.get(key) not in (None, False, "auto")}
     return LocalDoor(llm, **stated)
 
 

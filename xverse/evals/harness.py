@@ -67,7 +67,7 @@ def run_tasks(
     items = {task.name: _chosen(task, data, options) for task in tasks}
     head = {
         "protocol": PROTOCOL,
-        "model": dict(door.facts),
+        **{f"model's {key}": value for key, value in door.facts.items()},
         "chat": options.chat,
         "reads": door.reads,
         "batch": door.batch,

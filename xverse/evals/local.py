@@ -29,7 +29,8 @@ class LocalDoor:
         self.llm = llm
         gpu = llm.decoder.model.embed_tokens.weight.device.type == "cuda"
         self.batch = 512 if gpu else 64
-        self.context = min(llm.context, llm.engine.capacity)
+        # Not what memory has room for, which is another number on another day.
+        self.context = llm.context
         dtype = str(llm.decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
         backend = llm.tokenizer.backend.to_str()
         self.facts: Mapping[str, object] = {
