@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,14 @@ from xverse.evals.item import digest
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, presence_penalty=0, frequency_penalty=0)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Options as ids: what all of them begin with, and the last one of each."""
+
+    before: tuple[int, ...]
+    last: tuple[int, ...]
 
 
 class LocalDoor:
@@ -44,7 +53,7 @@ class LocalDoor:
             **facts,
         }
         self._ids: dict[Prompt, list[int]] = {}
-        self._labels: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
+        self._labels: dict[tuple[str, bool, tuple[str, ...]], Labels | None] = {}
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, the marks of the chat format included."""
@@ -62,8 +71,8 @@ class LocalDoor:
         return "".join(self.llm.tokenizer.decode(some) for some in ends)
 
     def read(self, asks: Sequence[Ask], namespace: str) -> list[Reading]:
-        """Log-probabilities of the options of each; where every option is one token more than its
-        prompt, all of them are read at once, as after a prompt's "Answer:"."""
+        """Log-probabilities of the options of each; options that differ in their last token only,
+        as letters do, are all read at once."""
         plans = [self._plan(ask, namespace) for ask in asks]
         # What is shared is known once the first has been computed: of all prompts, then of one's
         # options.
@@ -137,28 +146,31 @@ class LocalDoor:
 
     def _plan(self, ask: Ask, namespace: str) -> list[Request]:
         """The requests that answer it: one for all options, or one for each."""
+        labels = None if ask.greedy else self._labels_of(ask)
+        if labels is None:
+            return [self._scored(ask, option, namespace) for option in ask.options]
         ids = self._encode(ask.prompt)
-        labels = () if ask.greedy else self._single_tokens(ask)
-        if labels:
-            return [Request(tuple(ids), None, namespace, labels=labels)]
-        return [self._scored(ask, option, namespace) for option in ask.options]
+        start = len(ids) if labels.before else None
+        return [Request((*ids, *labels.before), None, namespace, start, labels=labels.last)]
 
-    def _single_tokens(self, ask: Ask) -> tuple[int, ...]:
-        """The one id of each option after the prompt; nothing where an option is no single id.
+    def _labels_of(self, ask: Ask) -> Labels | None:
+        """Options that differ in their last id only; None where they do not.
 
         It is decided on the whole prompt, once for all that end in the same short line, such as
         "Answer:": what an option merges with stands right before it.
         """
         line = ask.prompt.text.rpartition("\n")[2]
-        key = (line, ask.options)
-        known = self._labels.get(key) if 0 < len(line) <= 32 else None
-        if known is not None:
-            return known
+        key = (line, ask.prompt.chat, ask.options)
+        if key in self._labels:
+            return self._labels[key]
         alone = self._encode(ask.prompt)
         joined = [self._joined(ask.prompt, option) for option in ask.options]
-        single = all(ids[:-1] == alone for ids in joined)
-        found = tuple(ids[-1] for ids in joined) if single else ()
-        if len(self._labels) < 10_000:
+        stem = joined[0][:-1]
+        alike = all(ids[:-1] == stem for ids in joined) and stem[: len(alone)] == alone
+        found = None
+        if alike and alone:
+            found = Labels(tuple(stem[len(alone) :]), tuple(ids[-1] for ids in joined))
+        if 0 < len(line) <= 32 and len(self._labels) < 10_000:
             self._labels[key] = found
         return found
 
@@ -182,7 +194,8 @@ class LocalDoor:
 
 def _reading(ask: Ask, plan: Sequence[Request], found: Sequence[Scores]) -> Reading:
     if plan[0].labels:
-        return Reading(found[0].labels)
+        before = sum(found[0].logprobs)
+        return Reading(tuple(before + logprob for logprob in found[0].labels))
     logprobs = tuple(sum(scores.logprobs) for scores in found)
     if not ask.greedy:
         return Reading(logprobs)

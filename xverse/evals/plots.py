@@ -44,9 +44,8 @@ def draw_quantization(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         x, y = [row["memory_gb"] for row in some], [row["mmlu"] for row in some]
         axes.plot(x, y, "o-", color=color, label=model)
         for row in some:
-            axes.annotate(
-                row["precision"], (row["memory_gb"], row["mmlu"]), (4, 4), None, "offset points"
-            )
+            at = (row["memory_gb"], row["mmlu"])
+            axes.annotate(row["precision"], at, xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="memory, GB", ylabel="MMLU, %", title="What rounding costs and saves")
     axes.legend(frameon=False)
     _save(file.parent, {file.stem: canvas})
