@@ -40,10 +40,13 @@ class EndpointDoor:
         self.reads: Literal["scores", "letters"] = (
             "scores" if not chat and self._scores() else "letters"
         )
+        # The model's generation_config.json may have one, which would change greedy answers.
+        self._neutral = {"repetition_penalty": 1.0} if self._takes_penalty(chat) else {}
         self.facts: Mapping[str, object] = {
             "model": self._model,
             "endpoint": self._url,
             "weights": "unknown",
+            "repetition_penalty": "off" if self._neutral else "the server's own",
         }
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -98,6 +101,16 @@ class EndpointDoor:
         except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError):
             return False
 
+    def _takes_penalty(self, chat: bool) -> bool:
+        """Whether the server knows the field, which is not OpenAI's."""
+        prompt = {"messages": [{"role": "user", "content": "A"}]} if chat else {"prompt": "A"}
+        body = {"model": self._model, "max_tokens": 1, "repetition_penalty": 1.0, **prompt}
+        path = "/chat/completions" if chat else "/completions"
+        try:
+            return self._client.post(self._url + path, json=body).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def _score(self, ask: Ask) -> Reading:
         logprobs: list[float] = []
         greedy: list[bool] = []
@@ -133,7 +146,8 @@ class EndpointDoor:
         return Reading(values, said=said)
 
     def _written(self, prompt: Prompt, max_tokens: int, stop: Sequence[str]) -> str:
-        body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0, "stop": [*stop[:4]]}
+        body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0, **self._neutral}
+        body |= {"stop": [*stop[:4]]} if stop else {}
         if prompt.chat:
             messages = [{"role": "user", "content": prompt.text}]
             answer = self._post("/chat/completions", body | {"messages": messages})
