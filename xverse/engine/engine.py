@@ -115,8 +115,9 @@ class Engine:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
         assert request.score_from != 0, "nothing foretells the first token"
-        known = self.decoder.shape.vocab_size
-        if not 0 <= min(request.ids) <= max(request.ids) < known:
+        assert not (request.labels and request.answers), "labels stand in the answer's place"
+        known, ids = self.decoder.shape.vocab_size, (*request.ids, *request.labels)
+        if not 0 <= min(ids) <= max(ids) < known:
             raise XverseError(
                 "The prompt has ids that the model does not know.",
                 f"They go from 0 to {known - 1}.",
@@ -288,7 +289,7 @@ class Engine:
         if not self._alive(generation):
             return  # it ended within its draft
         first = place == len(request.ids)
-        if first and any(map(math.isnan, generation.scores)):
+        if first and any(map(math.isnan, (*generation.scores, *generation.labels))):
             choice = not_a_number()
         if isinstance(choice, XverseError):
             self.abort(number)
@@ -296,7 +297,8 @@ class Engine:
             return
         if first and (request.score_from is not None or choice is None):
             scores, tops = tuple(generation.scores), tuple(generation.tops)
-            yield Scores(number, scores, last=choice is None, tops=tops)
+            labels = tuple(generation.labels)
+            yield Scores(number, scores, last=choice is None, tops=tops, labels=labels)
         if choice is None:
             self.scheduler.landed([generation])
             self.abort(number)

@@ -6,6 +6,7 @@ sends it to a GPU and returns at once.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -221,7 +222,9 @@ def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
 
 
 def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
-    """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
+    """Add the log-probabilities of prompt tokens whose predecessors were computed now, and of the
+    labels after prompts that are complete."""
+    _read_labels(decoder, kv, chunks, hidden_TD)
     start = 0
     for chunk in chunks:
         generation, ids = chunk.generation, chunk.generation.request.ids
@@ -236,3 +239,20 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
         start += chunk.rows
+
+
+def _read_labels(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+    """Add the labels' log-probabilities; all prompts of a step share one product, one copy."""
+    ends = accumulate(chunk.rows for chunk in chunks)
+    pairs = zip(chunks, ends, strict=True)
+    found = [(c.generation, end) for c, end in pairs if c.complete and c.generation.request.labels]
+    for first in range(0, len(found), SCORED_AT_ONCE):
+        some = found[first : first + SCORED_AT_ONCE]
+        rows = torch.tensor([end - 1 for _, end in some], device=hidden_TD.device)
+        logprobs_BV = _logits(decoder, kv, hidden_TD[rows]).float().log_softmax(-1)
+        labels = [generation.request.labels for generation, _ in some]
+        of_row = [row for row, ids in enumerate(labels) for _ in ids]
+        places = torch.tensor([of_row, [id for ids in labels for id in ids]])
+        values = iter(logprobs_BV[tuple(places.to(hidden_TD.device))].tolist())
+        for generation, _ in some:
+            generation.labels = [next(values) for _ in generation.request.labels]

@@ -36,6 +36,7 @@ class Generation:
     ids: list[int]
     scores: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)  # beside the scores
+    labels: list[float] = field(default_factory=list)
     held: int = 0
     table: Table | None = None
     pending: int = 0
