@@ -180,7 +180,7 @@ def inside(
     ]
     for thread in threads:
         thread.start()
-    assert begun.wait(60), "the server did not begin"
+    assert begun.wait(240), "the server did not begin"
     try:
         yield made[0]
     finally:

@@ -152,3 +152,32 @@ def test_without_keys_there_is_no_form(tmp_path: Path) -> None:
     with inside(folder, Scripted(lambda _: [75, 3]), mount=mount) as site:
         assert httpx.get(f"{site.url}/web/en/", headers=BROWSER).status_code == 200
         assert enter(site, "anything").status_code in (404, 405)
+
+
+@pytest.mark.browser
+def test_in_a_browser(site: Inside) -> None:
+    """A wrong key, the right one, a conversation; and no script sees the key."""
+    found = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from tests.web.test_browser import CHROMIUM
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    with found.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(locale="en").new_page()
+        page.set_default_timeout(60_000)
+        page.goto(f"{site.url}/web/")
+        page.get_by_label("API key").fill("not-the-key")
+        page.get_by_role("button", name="Enter").click()
+        found.expect(page.get_by_role("alert")).to_have_text("This server does not know that key.")
+        page.get_by_label("API key").fill(KEYS[1])
+        page.get_by_label("API key").press("Enter")
+        box = page.locator("#box textarea")
+        found.expect(box).to_be_visible(timeout=60_000)
+        assert page.url == f"{site.url}/web/en/"
+        assert page.evaluate("document.cookie") == ""
+        box.fill("Hello")
+        box.press("Enter")
+        found.expect(page.locator("#talk .bot.message")).to_have_count(1, timeout=60_000)
+        found.expect(page.locator("#send")).to_be_visible(timeout=60_000)
+        browser.close()
