@@ -44,7 +44,9 @@ def write_quantized(
 ) -> Decoder:
     """A random model quantized by `recipe`, as a folder; gives the quantized model."""
     tied = changes.get("tie_word_embeddings")
-    config = published_config(moe=moe) | {"torch_dtype": "float32"} | changes
+    config = (
+        published_config(moe=moe) | {"torch_dtype": "float32", "num_hidden_layers": 2} | changes
+    )
     decoder = quantize(random_decoder(config, dtype=torch.float32), recipe)
     write_folder(
         folder, decoder, config | {"quantization_config": to_config(recipe, tied=bool(tied))}
