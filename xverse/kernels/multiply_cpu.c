@@ -104,17 +104,19 @@ static void read_row(const Product *p, const void *x, int bf16, int64_t row, flo
     for (int i = n / 16 * 16; i < n; i++) part[0] += out[i] * out[i];
     const float scale = 1.0f / sqrtf(sum16(part) / (float)n + p->eps);
     if (p->norm_kind == NORM_ROUNDED)
-        for (int i = 0; i < n; i++) out[i] = rounded(rounded(out[i] * scale, bf16) * p->norm[i], bf16);
+        for (int i = 0; i < n; i++)
+            out[i] = rounded(rounded(out[i] * scale, bf16) * p->norm[i], bf16);
     else
         for (int i = 0; i < n; i++) out[i] = rounded(out[i] * scale * p->norm[i], bf16);
 }
 
 /* How many integers stand for a number of x. Weights of 8 bits are worth two: x to 15 bits costs a
-   row no more time, for that passes in reading weights, and what 8 bits lose is then the weights'. */
+   row little time, for that passes in reading weights, and what is lost is the weights' alone. */
 static inline int terms(const Product *p) { return p->bits == 8 ? 2 : 1; }
 
 /* A row as integers of 8 bits: what to multiply each group by, and minus the sum of each group. The
-   second term, 254 times what rounding left, is a row of its own behind. What is not finite makes its group's scale NaN, and so every output. */
+   second term, 254 times what rounding left, is a row of its own behind. What is not finite makes
+   its group's scale NaN, and so every output. */
 static void round_row(const Product *p, const float *x, int8_t *q, float *scale, int32_t *minus_sum)
 {
     const int size = p->group, groups = p->inputs / size, two = terms(p) == 2;
@@ -208,7 +210,8 @@ static inline __attribute__((always_inline)) void tile(
                     const Ints inputs = four(q + (int64_t)r * p->inputs + k + 4 * s);
                     for (int v = 0; v < VECTORS; v++) {
                         Ints *const at = &sum[s % chains][r][v];
-                        *at = bits == 4 ? dot4(*at, steps[s][v], inputs) : dot8(*at, steps[s][v], inputs);
+                        *at = bits == 4 ? dot4(*at, steps[s][v], inputs)
+                                        : dot8(*at, steps[s][v], inputs);
                     }
                 }
         }
@@ -260,7 +263,8 @@ static void finish(const Product *p, int64_t block, int64_t row, float *sums, co
 static void some_rows(const Product *p, int m, int64_t block, Rows x, int64_t first,
                       float sums[][BLOCK])
 {
-#define TILE(m) (p->bits == 4 ? tile(p, 4, m, block, x, first, sums) : tile(p, 8, m, block, x, first, sums))
+#define TILE(m) \
+    (p->bits == 4 ? tile(p, 4, m, block, x, first, sums) : tile(p, 8, m, block, x, first, sums))
     if (m == 1) TILE(1);
     else if (m == 2) TILE(2);
 #if MOST == 8
