@@ -53,6 +53,7 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 BLOCKS = {"Q4_0": (18, 32), "Q8_0": (34, 32)}  # bytes, weights
 PROMPT, NEW = 512, 64
+Runs = dict[str, Callable[[list[int], int], float]]
 Times = dict[str, dict[str, list[float]]]
 
 
@@ -161,7 +162,7 @@ def write_gguf(file: Path, shape: dict[str, Any], kind: str) -> None:
     writer.close()
 
 
-def measure(runs: dict[str, Callable[[list[int], int], float]], rounds: int) -> dict[str, object]:
+def measure(runs: Runs, rounds: int) -> dict[str, object]:
     """Tokens a second of prompts and of decoding, by who computes; and how ours stands."""
     generator = torch.Generator().manual_seed(1)
     speeds: Times = {name: {"prefill": [], "decode": []} for name in runs}
@@ -205,7 +206,7 @@ def main() -> None:
     }
     for name in options.shapes:
         for bits, kind in ((4, "Q4_0"), (8, "Q8_0")):
-            runs = {f"xverse int{bits}": Ours(SHAPES[name], bits).run}
+            runs: Runs = {f"xverse int{bits}": Ours(SHAPES[name], bits).run}
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     runs[f"llama.cpp {kind}"] = Theirs(SHAPES[name], kind, Path(folder)).run

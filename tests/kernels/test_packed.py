@@ -59,7 +59,9 @@ def test_products(
     packed = PackedWeights(steps, scale, zero, bias, bits=bits)
     for rows in (1, 2, 3, 7, 8, 13):
         x = seeded(rows, inputs)
-        twin = multiply_packed(x, steps, scale, zero, bias, group=group_of(inputs, group))
+        twin = multiply_packed(
+            x, steps, scale, zero, bias, group=group_of(inputs, group), terms=bits // 4
+        )
         assert close(packed.multiply(x), twin), rows
 
 
@@ -76,7 +78,7 @@ def test_what_stands_around_a_product(
     x, residual = seeded(5, 64, dtype=dtype), seeded(5, 38 if gated else 76, dtype=dtype)
     fast = packed.multiply(x, residual)
     twin = multiply_packed(
-        x, steps, scale, zero, group=32, norm=held, residual_TN=residual, gated=gated
+        x, steps, scale, zero, group=32, terms=1, norm=held, residual_TN=residual, gated=gated
     )
     assert fast.dtype == dtype
     # A norm that rounds otherwise may move an input by one of its 127 steps.
@@ -119,12 +121,13 @@ def test_an_embedding_finds_its_rows(bits: int) -> None:
     assert torch.equal(packed.rows_of(ids), whole.flatten(1)[ids])
 
 
-def test_rounding_of_rows_loses_half_a_step_at_most() -> None:
+@pytest.mark.parametrize(("terms", "step"), [(1, 1.0), (2, 1 / 254)])
+def test_rounding_of_rows_loses_half_a_step_at_most(terms: int, step: float) -> None:
     x = seeded(4, 256)
-    steps, scale = round_rows(x, 64)
+    steps, scale = round_rows(x, 64, terms)
     assert steps.abs().amax() == 127
     back = (steps * scale[..., None]).flatten(-2)
-    assert ((back - x).abs() <= scale.repeat_interleave(64, -1) * 0.5001).all()
+    assert ((back - x).abs() <= scale.repeat_interleave(64, -1) * step * 0.502).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -74,8 +74,8 @@ static inline __attribute__((always_inline)) void attend_head(
     float largest = -INFINITY;
     for (int64_t token = 0; token < seen; token++) {
         const int64_t place = p->tables[row * p->width + token / p->page] * p->kv_heads + kv_head;
-        const char *const k = (const char *)p->keys + (place * p->page + token % p->page) * size * bytes;
-        weights[token] = product(q, k, size, bf16);
+        const int64_t start = (place * p->page + token % p->page) * size;
+        weights[token] = product(q, (const char *)p->keys + start * bytes, size, bf16);
         largest = fmaxf(largest, weights[token]);
     }
     float total = 0;
@@ -88,7 +88,8 @@ static inline __attribute__((always_inline)) void attend_head(
     for (int64_t i = 0; i < size; i++) sum[i] = 0;
     for (int64_t token = 0; token < seen; token++) {
         const int64_t place = p->tables[row * p->width + token / p->page] * p->kv_heads + kv_head;
-        const char *const v = (const char *)p->values + (place * p->page + token % p->page) * size * bytes;
+        const int64_t start = (place * p->page + token % p->page) * size;
+        const char *const v = (const char *)p->values + start * bytes;
         for (int64_t i = 0; i < size; i++) sum[i] += weights[token] * at(v, i, bf16);
     }
     for (int64_t i = 0; i < size; i++) put(out, i, sum[i] / total, bf16);

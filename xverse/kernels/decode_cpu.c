@@ -12,7 +12,8 @@ int decode(const Layer *layers, int count, const Pages *pages, void *x, const vo
 {
     const int64_t bytes = bf16 ? 2 : 4, size = pages->size;
     const int64_t stride = layers->qkv.outputs, mixed = layers->o.inputs;
-    char *const memory = malloc((size_t)(rows * (stride + mixed + layers->gate_up.outputs) * bytes));
+    const int64_t room = rows * (stride + mixed + layers->gate_up.outputs) * bytes;
+    char *const memory = malloc((size_t)room);
     if (!memory) return 1;
     char *const q = memory, *const k = q + pages->heads * size * bytes;
     char *const v = k + pages->kv_heads * size * bytes;

@@ -104,19 +104,26 @@ static void read_row(const Product *p, const void *x, int bf16, int64_t row, flo
     for (int i = n / 16 * 16; i < n; i++) part[0] += out[i] * out[i];
     const float scale = 1.0f / sqrtf(sum16(part) / (float)n + p->eps);
     if (p->norm_kind == NORM_ROUNDED)
-        for (int i = 0; i < n; i++) out[i] = rounded(rounded(out[i] * scale, bf16) * p->norm[i], bf16);
+        for (int i = 0; i < n; i++)
+            out[i] = rounded(rounded(out[i] * scale, bf16) * p->norm[i], bf16);
     else
         for (int i = 0; i < n; i++) out[i] = rounded(out[i] * scale * p->norm[i], bf16);
 }
 
-/* A row as integers of 8 bits: what to multiply each group by, and minus the sum of each group.
-   What is not finite makes its group's scale NaN, and so every output. */
+/* How many integers stand for a number of x. Weights of 8 bits are worth two: x to 15 bits costs a
+   row little time, for that passes in reading weights, and what is lost is the weights' alone. */
+static inline int terms(const Product *p) { return p->bits == 8 ? 2 : 1; }
+
+/* A row as integers of 8 bits: what to multiply each group by, and minus the sum of each group. The
+   second term, 254 times what rounding left, is a row of its own behind. What is not finite makes
+   its group's scale NaN, and so every output. */
 static void round_row(const Product *p, const float *x, int8_t *q, float *scale, int32_t *minus_sum)
 {
-    const int size = p->group;
-    for (int g = 0; g < p->inputs / size; g++, x += size, q += size) {
+    const int size = p->group, groups = p->inputs / size, two = terms(p) == 2;
+    int8_t *const rests = q + p->inputs; /* of the second term */
+    for (int g = 0; g < groups; g++, x += size) {
         float most[8] = {0};
-        int bad[8] = {0}, sum[8] = {0};
+        int bad[8] = {0}, sum[8] = {0}, rest_sum[8] = {0};
         for (int i = 0; i < size; i += 8)
             for (int j = 0; j < 8; j++) {
                 const float a = fabsf(x[i + j]);
@@ -132,19 +139,30 @@ static void round_row(const Product *p, const float *x, int8_t *q, float *scale,
         const float inverse = broken || largest < 1e-30f ? 0.0f : 127.0f / largest;
         for (int i = 0; i < size; i += 8)
             for (int j = 0; j < 8; j++) {
-                const int32_t step = (int32_t)rintf(broken ? 0.0f : x[i + j] * inverse);
-                q[i + j] = (int8_t)step;
-                sum[j] -= step;
+                const float exact = broken ? 0.0f : x[i + j] * inverse, step = rintf(exact);
+                q[g * size + i + j] = (int8_t)(int32_t)step;
+                sum[j] -= (int32_t)step;
+                if (two) {
+                    const int32_t rest = (int32_t)rintf((exact - step) * 254.0f);
+                    rests[g * size + i + j] = (int8_t)rest;
+                    rest_sum[j] -= rest;
+                }
             }
         scale[g] = broken ? NAN : largest / 127.0f;
-        minus_sum[g] = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+        minus_sum[g] = 0;
+        for (int j = 0; j < 8; j++) minus_sum[g] += sum[j];
+        if (two) {
+            scale[groups + g] = scale[g] / 254.0f;
+            minus_sum[groups + g] = 0;
+            for (int j = 0; j < 8; j++) minus_sum[groups + g] += rest_sum[j];
+        }
     }
 }
 
 typedef struct {
-    int8_t *q;          /* [rows, inputs] */
-    float *scale;       /* [rows, groups] */
-    int32_t *minus_sum; /* [rows, groups] */
+    int8_t *q;          /* [rows * terms, inputs] */
+    float *scale;       /* [rows * terms, groups] */
+    int32_t *minus_sum; /* [rows * terms, groups] */
 } Rows;
 
 /* One row of x as the tiles read it; `wide` is room for it as floats. */
@@ -152,6 +170,7 @@ static void one_row(const Product *p, const void *x, int bf16, int64_t row, floa
 {
     const int64_t groups = p->inputs / p->group;
     read_row(p, x, bf16, row, wide);
+    row *= terms(p);
     round_row(p, wide, q.q + row * p->inputs, q.scale + row * groups, q.minus_sum + row * groups);
 }
 
@@ -191,7 +210,8 @@ static inline __attribute__((always_inline)) void tile(
                     const Ints inputs = four(q + (int64_t)r * p->inputs + k + 4 * s);
                     for (int v = 0; v < VECTORS; v++) {
                         Ints *const at = &sum[s % chains][r][v];
-                        *at = bits == 4 ? dot4(*at, steps[s][v], inputs) : dot8(*at, steps[s][v], inputs);
+                        *at = bits == 4 ? dot4(*at, steps[s][v], inputs)
+                                        : dot8(*at, steps[s][v], inputs);
                     }
                 }
         }
@@ -243,7 +263,8 @@ static void finish(const Product *p, int64_t block, int64_t row, float *sums, co
 static void some_rows(const Product *p, int m, int64_t block, Rows x, int64_t first,
                       float sums[][BLOCK])
 {
-#define TILE(m) (p->bits == 4 ? tile(p, 4, m, block, x, first, sums) : tile(p, 8, m, block, x, first, sums))
+#define TILE(m) \
+    (p->bits == 4 ? tile(p, 4, m, block, x, first, sums) : tile(p, 8, m, block, x, first, sums))
     if (m == 1) TILE(1);
     else if (m == 2) TILE(2);
 #if MOST == 8
@@ -259,14 +280,14 @@ int multiply(const Product *p, const void *x, const void *residual, void *y, int
 {
     const int64_t n = p->inputs, groups = n / p->group, width = p->gated ? BLOCK / 2 : BLOCK;
     const int64_t blocks = (p->outputs + width - 1) / width;
-    const int64_t pieces = (rows + PIECE - 1) / PIECE;
-    char *memory = aligned_alloc(64, ((size_t)(rows * (n + 8 * groups) + 4 * n * threads) + 63) / 64 * 64);
-    if (!memory) return 1;
-    float *const wide = (float *)memory;
+    const int64_t pieces = (rows + PIECE - 1) / PIECE, times = terms(p), count = rows * times;
+    const size_t bytes = (size_t)(count * (n + 8 * groups) + 4 * n * threads);
+    float *const wide = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!wide) return 1;
     const Rows q = {
         .scale = wide + n * threads,
-        .minus_sum = (int32_t *)(wide + n * threads + rows * groups),
-        .q = (int8_t *)(wide + n * threads + 2 * rows * groups),
+        .minus_sum = (int32_t *)(wide + n * threads + count * groups),
+        .q = (int8_t *)(wide + n * threads + 2 * count * groups),
     };
     const int chunk = (int)(blocks * pieces / (threads * 8)) + 1;
     if (rows == 1) one_row(p, x, bf16, 0, wide, q); /* sooner done than shared */
@@ -283,13 +304,17 @@ int multiply(const Product *p, const void *x, const void *residual, void *y, int
             const int64_t end = start + PIECE < rows ? start + PIECE : rows;
             for (int64_t first = start, m; first < end; first += m) {
                 float sums[MOST][BLOCK];
-                for (m = MOST; m > end - first; m /= 2) {}
-                some_rows(p, (int)m, block, q, first, sums);
-                for (int r = 0; r < m; r++)
-                    finish(p, block, first + r, sums[r], residual, y, bf16);
+                for (m = MOST / times; m > end - first; m /= 2) {}
+                some_rows(p, (int)(m * times), block, q, first * times, sums);
+                for (int r = 0; r < m; r++) {
+                    float *const own = sums[r * times], *const rest = sums[(r + 1) * times - 1];
+                    if (times == 2)
+                        for (int i = 0; i < BLOCK; i++) own[i] += rest[i];
+                    finish(p, block, first + r, own, residual, y, bf16);
+                }
             }
         }
     }
-    free(memory);
+    free(wide);
     return 0;
 }
