@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.text.tiny import HAN, write_tiny_tokenizer
 from xverse.data.mixture import Mixture
-from xverse.data.pipeline import Execution, prepare
+from xverse.data.pipeline import Execution, build_stages, prepare
 from xverse.data.plan import Plan, Settings
 from xverse.data.shards import Shards
 from xverse.errors import XverseError
@@ -21,7 +22,8 @@ from xverse.text.tokenizer import Tokenizer
 
 pytest.importorskip("datatrove.pipeline.dedup")
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["the", "of", "and", "in", "to", "water", "river", "stone", "light", "under", "morning", "garden", "letter", "house", "winter"]
+WORDS = ["the", "of", "and", "in", "to", "water", "river", "stone", "light", "under", "morning"]
+WORDS += ["garden", "letter", "house", "winter"]
 
 
 def prose(seed: int, count: int = 60) -> str:
@@ -152,15 +154,10 @@ from xverse.data import publish, steps
 from tests.data.test_prepare import plan, prepare, Execution
 
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-class Fatal(list):
-    def __iter__(self):
-        for item in list.__iter__(self):
-            yield item
-            kill()
 where, corpus, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 if where == "read":
     real = steps.why_dropped
-    steps.why_dropped = lambda text, *rest: kill() if text.startswith("short") else real(text, *rest)
+    steps.why_dropped = lambda text, *rest: kill() if text == "short" else real(text, *rest)
 elif where == "tokenize":
     real_close = steps._Split.close
     def close(self):
@@ -180,11 +177,9 @@ def test_killed_in_three_places_it_comes_out_the_same(
         result = subprocess.run(
             [sys.executable, "-c", KILLED, where, str(corpus), str(out)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
             cwd=ROOT,
         )
-        assert result.returncode == -9, result.stderr
+        assert result.returncode == -9, where
         assert not out.exists(), "nothing is published half"
     assert prepare(plan(corpus, out), Execution()) is not None
     assert files_of(out) == files_of(prepared[0])
@@ -193,7 +188,7 @@ def test_killed_in_three_places_it_comes_out_the_same(
 def test_a_mixture_is_drawn_without_storing_twice(corpus: Path, tmp_path: Path) -> None:
     mixture = Mixture(
         languages={"en": 1, "zh": 3},
-        max_epochs=4,
+        tokens=5000,
         sources=[{"files": "c-*", "language": "zh", "txt": "paragraph"}],
     )
     settings = plan(corpus, tmp_path / "mixed", mixture=mixture, validation=0.0, dedup="exact")
@@ -207,7 +202,6 @@ def test_a_mixture_is_drawn_without_storing_twice(corpus: Path, tmp_path: Path) 
     )
     assert share == pytest.approx(0.75, abs=0.05)
     assert shards.stored_documents == 31
-    assert max(drawn.count("zh"), 10) <= 40
     assert statistics["tokens"]["served"] == shards.tokens == int(lengths.sum())
 
 
@@ -218,12 +212,9 @@ def test_other_options_do_not_take_up_the_work(corpus: Path, tmp_path: Path) -> 
         prepare(plan(corpus, tmp_path / "out", validation=0.1), Execution())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_too_much_dirt_stops_before_anything_is_made(
-    corpus: Path, tmp_path: Path, workers: int
-) -> None:
+def test_too_much_dirt_stops_before_anything_is_made(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(XverseError, match="Too many lines") as stopped:
-        prepare(plan(corpus, tmp_path / "out", max_dirty=0.01), Execution(workers=workers))
+        prepare(plan(corpus, tmp_path / "out", max_dirty=0.01), Execution())
     assert "2 of 37" in stopped.value.why
     assert not (tmp_path / "out").exists()
 
@@ -255,6 +246,8 @@ def test_slurm_gets_a_chain_of_jobs(
     slurm = {"partition": "cpu", "time": "1:00:00"}
     result = prepare(plan(corpus, tmp_path / "out"), Execution("slurm", 4, slurm))
     assert result is None
-    calls = (tmp_path / "args").read_text().splitlines()
-    assert len(calls) == 9
-    assert [("dependency=afterok" in call) for call in calls] == [False] + [True] * 8
+    calls = [line for line in (tmp_path / "args").read_text().splitlines() if "RUN_OFFSET" in line]
+    stages = len(build_stages(plan(corpus, tmp_path / "out")))
+    assert len(calls) == stages
+    waits = [re.findall(r"--dependency=afterok:\d+", call) for call in calls]
+    assert [len(found) for found in waits] == [0] + [1] * (stages - 1)

@@ -1,5 +1,6 @@
 """CORPUS -> SHARDS. The stages of a preparation as datatrove pipelines, and who executes them."""
 
+import copy
 import os
 import shutil
 import threading
@@ -43,16 +44,18 @@ def prepare(plan: Plan, execution: Execution) -> dict[str, Any] | None:
     Raises XverseError where datatrove is missing, the input is too dirty, or nothing is left.
     """
     _require_datatrove()
-    state = plan.claim()
-    if state != "done":
-        from xverse.data.steps import lock
+    if plan.claim() != "done":
+        from xverse.data.steps import let_go, lock
 
         lock(plan.work, shared=False).close()  # the workers of a run that was killed have ended
         stages = build_stages(plan)
-        if execution.executor == "local":
-            _run_here(plan, stages, execution.workers)
-        else:
-            _run_elsewhere(plan, stages, execution)
+        try:
+            if execution.executor == "local":
+                _run_here(plan, stages, execution.workers)
+            else:
+                _run_elsewhere(plan, stages, execution)
+        finally:
+            let_go(plan.work)
     if not (plan.out / STATISTICS).is_file():
         return None
     if execution.executor != "slurm":
@@ -96,16 +99,16 @@ def build_stages(plan: Plan) -> list[Stage]:
     if dedup != "none":
         signatures = folder("exact-signatures")
         stages += [
-            ("exact signatures", [steps.Kept(work), ExactDedupSignature(signatures, exact)], tasks),
-            ("exact duplicates", [ExactFindDedups(signatures, folder("exact"), exact)], 1),
+            ("exact-signatures", [steps.Kept(work), ExactDedupSignature(signatures, exact)], tasks),
+            ("exact-duplicates", [ExactFindDedups(signatures, folder("exact"), exact)], 1),
         ]
     last: list[Any] = [*distinct(), steps.Count(work, "distinct")]
     if dedup == "near":
         signatures, pairs = folder("near-signatures"), folder("near-pairs")
         stages += [
-            ("near signatures", [*distinct(), steps.NearSignature(signatures, near)], tasks),
-            ("near pairs", [MinhashDedupBuckets(signatures, pairs, config=near)], near.num_buckets),
-            ("near duplicates", [MinhashDedupCluster(pairs, folder("near"), near)], 1),
+            ("near-signatures", [*distinct(), steps.NearSignature(signatures, near)], tasks),
+            ("near-pairs", [MinhashDedupBuckets(signatures, pairs, config=near)], near.num_buckets),
+            ("near-duplicates", [MinhashDedupCluster(pairs, folder("near"), near)], 1),
         ]
         last.append(MinhashDedupFilter(folder("near")))
     stages += [
@@ -124,7 +127,15 @@ def _run_here(plan: Plan, stages: list[Stage], workers: int) -> None:
             stage.steps, stage.tasks, min(workers, stage.tasks), logging_dir=str(logs)
         )
         with _progress(stage, logs / "completions"):
-            executor.run()
+            if min(workers, stage.tasks) > 1:
+                executor.run()
+                continue
+            # As executor.run() does for one worker, but for the process that it starts to
+            # share a queue, which outlives a killed parent.
+            for rank in executor.get_incomplete_ranks():
+                once = copy.copy(executor)
+                once.pipeline = copy.deepcopy(stage.steps)
+                once._run_for_rank(rank)
 
 
 def _run_elsewhere(plan: Plan, stages: list[Stage], execution: Execution) -> None:
@@ -139,7 +150,7 @@ def _run_elsewhere(plan: Plan, stages: list[Stage], execution: Execution) -> Non
             logging_dir=str(plan.work / "logs" / stage.name),
             depends=before,
             **execution.slurm,
-            **({"job_name": f"xverse {stage.name}"} if execution.executor == "slurm" else {}),
+            **({"job_name": f"xverse-{stage.name}"} if execution.executor == "slurm" else {}),
         )
     before.run()
 

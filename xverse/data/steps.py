@@ -38,11 +38,11 @@ SIGNED = 1 << 14  # shingles hashed at once: 15 MB for 112 hashes
 
 # What fails is raised, and told by us; datatrove's own lines are for those who call it.
 datatrove_logger.disable("datatrove")
-_held: list[IO[bytes]] = []
+_held: dict[Path, IO[bytes]] = {}
 
 
 class Hold(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """First step of every pipeline: until this process ends, no other run may touch the work."""
+    """First step of every pipeline: while this process works here, no other run may."""
 
     type, name = "XVERSE", "hold"
 
@@ -50,13 +50,19 @@ class Hold(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         super().__init__()
         self.work = work
 
-    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
-        """Take a share of the lock; a run that begins anew waits for all shares to be given back.
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Take a share of the lock.
 
         Workers whose parent was killed finish what they do; till then, their files are theirs.
         """
-        if not _held:
-            _held.append(lock(self.work, shared=True))
+        if self.work not in _held:
+            _held[self.work] = lock(self.work, shared=True)
+
+
+def let_go(work: Path) -> None:
+    """Give this process's share of the lock back."""
+    if work in _held:
+        _held.pop(work).close()
 
 
 class Read(PipelineStep):  # type: ignore[misc]
@@ -279,11 +285,12 @@ def text_of(document: Document) -> str:
 
 def lock(work: Path, *, shared: bool) -> IO[bytes]:
     """The lock on the folder `work`, held until the file is closed or the process ends."""
-    file = (work / "lock").open("ab")
+    file = (work / "lock").open("a+b")
     if os.name == "posix":
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        # A record lock is not inherited: helpers that outlive a killed run don't keep it.
+        fcntl.lockf(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     return file
 
 
