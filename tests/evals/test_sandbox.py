@@ -67,10 +67,8 @@ def test_nothing_of_the_environment_is_told() -> None:
 
 
 def test_modules_can_be_read_and_strange_programs_end() -> None:
-    assert run_program(
-        "import math, re, hashlib, heapq, itertools, collections\nmath.sqrt(2)"
-    ).passed
-    assert "SyntaxError" in run_program("def").why or not run_program("def").passed
+    assert run_program("import math, re, hashlib, heapq, collections\nmath.sqrt(2)").passed
+    assert not run_program("def").passed
     assert not run_program("raise KeyboardInterrupt").passed
 
 
