@@ -20,7 +20,8 @@ import numpy
 import torch
 
 from bench.record import record
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Sampling
 from xverse.kernels import native
 from xverse.model.decoder import Decoder

@@ -257,7 +257,7 @@ def watch(folder: Path, act: Callable[[int], None]) -> None:
         on_event()
         real(handle)
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]  # its parameter has another name
     sys.addaudithook(hook)
 
 

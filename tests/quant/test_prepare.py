@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.quant.test_quantize import CONFIG, MOE, decoder_of
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.packed_step import PackedStep
 from xverse.engine.request import Request, Sampling, Token
 from xverse.engine.runner import PlainRunner

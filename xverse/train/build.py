@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager as ContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 from xverse.checkpoint import load
 from xverse.checkpoint.weights import open_weights
 from xverse.device import pick_dtype
-from xverse.model.decoder import Decoder
+from xverse.model.decoder import Block, Decoder
 from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.shape import ModelShape
 from xverse.parallel.fsdp import shard
@@ -99,7 +99,7 @@ def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -
     that is made for one number is made anew for the next, and after eight of them not at all.
     """
     for block in decoder.model.layers:
-        block.self_attn.layer = 0
+        cast(Block, block).self_attn.layer = 0
         block.compile(backend=backend)
     return decoder
 
