@@ -22,7 +22,7 @@ from xverse.quant.linear import QuantizedLinear
 
 
 class PackedLinear(nn.Module):
-    """A `QuantizedLinear` on a CPU whose input is rounded too: to 8 bits in groups where its weights
+    """A `QuantizedLinear` on a CPU whose input is rounded too, in groups: to 8 bits where weights
     have 4, to 15 where they have 8."""
 
     def __init__(

@@ -109,6 +109,7 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
     from xverse.device import pick_dtype
     from xverse.model.fresh import random_decoder
     from xverse.model.fuse import fuse
+    from xverse.quant.prepare import prepare
     from xverse.quant.quantize import quantize
 
     if config.random_weights:
@@ -119,7 +120,7 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
         decoder = load(subject.path, dtype=config.dtype, device=config.device).decoder
     if config.quantize is not None:
         quantize(decoder, config.quantize)
-    return fuse(decoder)
+    return prepare(fuse(decoder))
 
 
 def _engine_options(config: "SubjectOptions", subject: "Subject") -> dict[str, Any]:
