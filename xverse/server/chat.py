@@ -33,7 +33,6 @@ async def chat(context: Context, asked: ChatRequest) -> Response:
 async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
     service.require_model(asked.model)
-    service.queue.require_room()
     form = answer_form(asked.tools, asked.tool_choice, asked.response_format)
     choices = bounded_choices(asked.n, max_choices)
     if asked.stream_options is not None and not asked.stream:

@@ -32,7 +32,6 @@ async def complete(context: Context, asked: CompletionRequest) -> Response:
 async def plan(service: Service, asked: CompletionRequest, max_choices: int) -> list[Prompt]:
     """What the engine is to do, choice by choice; Refusal for what cannot be done."""
     service.require_model(asked.model)
-    service.queue.require_room()
     choices = bounded_choices(asked.n, max_choices)
     if asked.best_of not in (None, choices):
         raise unsupported("best_of", "every choice that is computed is given out; leave it out.")

@@ -94,7 +94,6 @@ class DecisionRequest(Strict):
 async def decide(context: Context, asked: DecisionRequest) -> Response:
     """How likely each label is, and what follows from it."""
     context.service.require_model(asked.model)
-    context.service.queue.require_room()
     labels = asked.decision.labels()
     if len({*labels}) < len(labels):
         raise invalid("Two labels are the same.", "decision")

@@ -14,7 +14,6 @@ from xverse.server.turns import Turn, whole
 async def answer(context: Context, asked: GuideRequest) -> Response:
     """The prompt taken as a message of the user's, and what the model says to it."""
     service = context.service
-    service.queue.require_room()
     ids = await service.render([{"role": "user", "content": asked.prompt}], None)
     prompt = service.prompt(ids, Sampling(), "prompt")
     work = whole(service, context.tenant, Turn([prompt]), context.facts)

@@ -53,17 +53,8 @@ class FairQueue:
             self.used -= weight
             self._admit()
 
-    def require_room(self) -> None:
-        """Refusal (429) where whoever comes now would be refused, whatever is asked: known before
-        a prompt is encoded."""
-        if (self.waiting or self.used >= self.slots) and self.waiting >= self._max_requests:
-            raise overloaded(f"{self.waiting} are in the queue", self._wait_s())
-
-    def _wait_s(self) -> float:
-        return min(60.0, self._seconds * (1 + self.waiting / self.slots))
-
     async def _wait(self, key: str, weight: int, tokens: int) -> None:
-        wait_s = self._wait_s()
+        wait_s = min(60.0, self._seconds * (1 + self.waiting / self.slots))
         if self.waiting >= self._max_requests:
             raise overloaded(f"{self.waiting} are in the queue", wait_s)
         if self._tokens + tokens > self._max_tokens:

@@ -50,7 +50,6 @@ async def respond(context: Context, asked: ResponseRequest) -> Response:
 async def plan(service: Service, asked: ResponseRequest) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
     service.require_model(asked.model)
-    service.queue.require_room()
     tools = [tool.boxed() for tool in asked.tools or ()]
     choice = asked.tool_choice
     form = answer_form(
