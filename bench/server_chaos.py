@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--leavers", type=int, default=0, help="clients that hang up")
     parser.add_argument("--overload-s", type=float, default=0)
     parser.add_argument("--factor", type=float, default=20, help="times what the server can do")
+    parser.add_argument("--overload-tokens", type=int, default=128, help="of each answer then")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait in overload")
     parser.add_argument("--stops", type=int, default=0, help="SIGTERM under load, so many times")
     parser.add_argument("--api-kills", type=int, default=0, help="of the API process")
@@ -335,7 +336,8 @@ def main() -> None:
             return asyncio.run(_awaited(part(served)))
 
     def keep(name: str, figures: Figures) -> None:
-        about = {"model": f"{asked.model}, fp32", "new_tokens": subject.max_tokens}
+        tokens = asked.overload_tokens if name == "overload" else subject.max_tokens
+        about = {"model": f"{asked.model}, fp32", "new_tokens": tokens}
         print(json.dumps(figures, indent=1))
         print(record(f"server_{name}", {**about, **figures}, ("fastapi", "uvicorn")), flush=True)
 
@@ -343,10 +345,12 @@ def main() -> None:
         keep("kills", one(lambda served: kills(subject, served, asked.kills)))
     if asked.leavers:
         keep("leavers", one(lambda served: leavers(subject, served, asked.leavers)))
+    found: Figures | None = None
     if asked.overload_s:
+        patient = Subject.of(asked.model, asked.overload_tokens)
         found = one(
             lambda served: overload(
-                subject,
+                patient,
                 served,
                 asked.overload_s,
                 queue=asked.queue,
@@ -357,7 +361,6 @@ def main() -> None:
             str(asked.queue),
         )
         keep("overload", found)
-        judge(found)
     if asked.stops:
         stopped = [one(lambda served: stop(subject, served)) for _ in range(asked.stops)]
         totals: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
@@ -370,6 +373,8 @@ def main() -> None:
     if asked.api_kills:
         gone_s = [one_kill(subject, asked.model) for _ in range(asked.api_kills)]
         keep("api_kills", {"kills": asked.api_kills, "engine_gone_s": spread(gone_s)})
+    if found is not None:
+        judge(found)  # last, so that it keeps no other part from being measured
 
 
 def one_kill(subject: Subject, model: str) -> float:
