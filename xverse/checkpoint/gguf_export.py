@@ -77,7 +77,7 @@ def export_gguf(model: Path, target: Path, type: str = "f16") -> Exported:
     metadata = {
         **_general(checkpoint, type),
         **_numbers(shape),
-        **vocabulary_of(tokenizer, shape.vocab_size, end_ids(checkpoint)),
+        **vocabulary_of(tokenizer, shape.vocab_size, checkpoint.end_ids),
         **_template(checkpoint, tokenizer),
     }
     write_gguf(target, metadata, tensors)
@@ -102,16 +102,6 @@ def _name_others(type: str, kinds: list[str]) -> None:
         logger.info(
             "%d tensors have rows that are no whole blocks: they are Q5_0, Q8_0 or F16", others
         )
-
-
-def end_ids(checkpoint: Checkpoint) -> list[int]:
-    """The ids that end an answer, as generation_config.json or else config.json lists them."""
-    for config in (checkpoint.generation_config, checkpoint.config):
-        ids = config.get("eos_token_id")
-        ids = [ids] if isinstance(ids, int) else ids
-        if isinstance(ids, list) and all(isinstance(id, int) for id in ids):
-            return ids
-    return []
 
 
 def _refuse(shape: ModelShape) -> None:

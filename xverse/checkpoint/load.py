@@ -43,6 +43,16 @@ class Checkpoint:
     config: Mapping[str, object]
     generation_config: Mapping[str, object]
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer, as generation_config.json or else config.json lists them."""
+        for config in (self.generation_config, self.config):
+            ids = config.get("eos_token_id")
+            ids = [ids] if isinstance(ids, int) else ids
+            if isinstance(ids, list) and all(isinstance(id, int) for id in ids):
+                return ids
+        return []
+
 
 @dataclass(frozen=True)
 class Model:
@@ -55,14 +65,8 @@ class Model:
     @property
     def end_ids(self) -> frozenset[int]:
         """The ids that end an answer, by generation_config.json, config.json and tokenizer."""
-        for config in (self.checkpoint.generation_config, self.checkpoint.config):
-            ids = config.get("eos_token_id")
-            if isinstance(ids, int):
-                return frozenset({ids})
-            if isinstance(ids, list) and all(isinstance(id, int) for id in ids):
-                return frozenset(ids)
         own = self.tokenizer.eos_id
-        return frozenset() if own is None else frozenset({own})
+        return frozenset(self.checkpoint.end_ids or ([] if own is None else [own]))
 
 
 # What becomes of a module once it is filled: (whole model's shape, its name, it) -> its successor.
