@@ -55,7 +55,7 @@ def train_tokenizers(texts: list[str], out: str) -> None:
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Punctuation("isolated"),
     ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 263, show_progress=False)
     tokenizer.train_from_iterator(iter(texts), trainer=trainer)
 
