@@ -1,1 +1,1 @@
-"""TEXT -> BATCHES. Corpora read, cleaned, mixed and cut into tokenized shards."""
+"""TEXT -> BATCHES. Corpora read, cleaned, mixed, cut into tokenized shards, packed into rows."""
