@@ -1,5 +1,6 @@
 """Ratios become documents: exactly, again and again the same, and with nothing taken silently."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(XverseError) as refused:
         Mixture.read(write(tmp_path, text))
     assert why in str(refused.value)
+
+
+def test_the_example_of_the_page_is_a_mixture(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "prepare.md"
+    [example] = re.findall(r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    mixture = Mixture.read(write(tmp_path, example))
+    assert mixture.has_shares
+    assert mixture.sources

@@ -119,8 +119,11 @@ def build_stages(plan: Plan) -> list[Stage]:
 
 
 def _run_here(plan: Plan, stages: list[Stage], workers: int) -> None:
+    import multiprocess
     from datatrove.executor import LocalPipelineExecutor
 
+    # Workers of all stages fork from one process that has imported everything: 0.1 s, not 2 s.
+    multiprocess.set_forkserver_preload(["xverse.data.steps"])
     for stage in stages:
         logs = plan.work / "logs" / stage.name
         executor = LocalPipelineExecutor(
