@@ -22,6 +22,8 @@ from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.quantize import quantize
+from xverse.quant.recipe import Recipe
+from xverse.quant.stored_compressed import to_config
 
 
 def logits(decoder: Decoder) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_a_quantized_folder_comes_back_bit_for_bit(tmp_path: Path, bits: int, mo
         file.unlink()
     save_weights(published_tensors(decoder), folder)
     scheme = next(m.scheme for m in decoder.modules() if isinstance(m, QuantizedLinear))
-    config["quantization_config"] = scheme.to_config()
+    config["quantization_config"] = to_config(Recipe(scheme))
     (folder / "config.json").write_text(json.dumps(config))
     again = load(folder).decoder
     assert torch.equal(logits(again), logits(decoder))

@@ -11,7 +11,8 @@ from tests.engine.tiny import VOCAB, greedy, tiny_decoder
 from tests.model.test_decoder import FAMILIES, pair
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Scores, Token
 from xverse.engine.simple import decode
 from xverse.model.cache import Packed

@@ -13,13 +13,14 @@ import torch
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Grammar, Sampling, XverseError
 from xverse.checkpoint.load import load
-from xverse.engine.engine import EngineOptions
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.engine.worker import Job, keep
 from xverse.engine.workers import Workers
 from xverse.parallel.tensor import keep_part
 from xverse.quant.quantize import quantize, quantize_module
+from xverse.quant.recipe import Recipe
 
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=24, ignore_eos=True)
 RANDOM = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=7, max_tokens=24, ignore_eos=True)
@@ -200,7 +201,7 @@ def test_a_rank_loads_its_part_of_what_is_rounded_whole(
 def test_what_is_quantized_is_not_quantized_again(folder: Path) -> None:
     layer = quantize(load(folder).decoder, 8).model.layers[0].mlp.down_proj
     with pytest.raises(XverseError, match="quantized already"):
-        quantize_module("model.layers.0.mlp.down_proj", layer, 4)
+        quantize_module("model.layers.0.mlp.down_proj", layer, Recipe.of(4))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_front_door() -> None:
         "load",
         "pull",
         "quantize",
+        "quantize",
     ]
     for name in xverse.__all__:
         assert getattr(xverse, name) is not None
@@ -55,9 +56,13 @@ def test_front_door() -> None:
         "evaluate",
         "export",
         "generate",
+        "prepare",
+        "pretrain",
         "pull",
+        "quantize",
         "serve",
         "show",
+        "tokenizer",
         "web",
     ],
 )

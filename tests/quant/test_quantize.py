@@ -9,13 +9,7 @@ from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
 from xverse.model.linear import Linear
 from xverse.model.shape import ModelShape
-from xverse.quant.linear import (
-    QuantizedLinear,
-    integers_from_disk,
-    pack_nibbles,
-    to_disk,
-    unpack_nibbles,
-)
+from xverse.quant.linear import QuantizedLinear, pack_nibbles, unpack_nibbles
 from xverse.quant.quantize import quantize
 from xverse.quant.scheme import Scheme
 
@@ -88,31 +82,3 @@ def test_other_widths_and_second_helpings_are_refused() -> None:
 def test_nibbles_come_back() -> None:
     integers = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
     assert torch.equal(unpack_nibbles(pack_nibbles(integers)), integers)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_disk_layout_is_compressed_tensors_own(bits: int) -> None:
-    layer = Linear(64, 6, bias=True)
-    with torch.no_grad():
-        layer.weight.normal_(generator=torch.Generator().manual_seed(1))
-        layer.bias.fill_(2.0)  # type: ignore[union-attr]
-    quantized = QuantizedLinear.of(layer, Scheme(bits))
-    stored = to_disk(quantized)
-    assert stored["weight_packed"].dtype == torch.int32
-    assert stored["weight_packed"].shape == (6, 64 * bits // 32)
-    assert stored["weight_shape"].tolist() == [6, 64]
-    word = int(stored["weight_packed"][2, 1]) & 0xFFFFFFFF
-    first = 32 // bits  # the second word begins with this column
-    for place in range(32 // bits):
-        value = (word >> place * bits & (2**bits - 1)) - 2 ** (bits - 1)
-        assert value == int(quantized.integers()[2, first + place])
-    assert torch.equal(integers_from_disk(stored["weight_packed"], Scheme(bits)), quantized.weight)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_scheme_survives_the_config(bits: int) -> None:
-    assert Scheme.from_config(Scheme(bits).to_config()) == Scheme(bits)
-    with pytest.raises(XverseError, match="gptq"):
-        Scheme.from_config({"quant_method": "gptq", "bits": bits})
-    with pytest.raises(XverseError):
-        Scheme.from_config(Scheme(bits).to_config() | {"format": "marlin-24"})

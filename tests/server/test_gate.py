@@ -64,6 +64,14 @@ def test_the_route_table(locked: Inside) -> None:
         assert httpx.get(url + "/no/such/route").status_code == 401
 
 
+def test_the_table_has_every_route_of_the_app(locked: Inside) -> None:
+    """By the app itself, so that a route which comes in by another way is seen."""
+    routes = [route for route in locked.app.routes if hasattr(route, "methods")]
+    found = {(method, route.path) for route in routes for method in route.methods}  # type: ignore[attr-defined]
+    assert found - {("HEAD", "/openapi.json")} == {*GOLDEN}
+    assert len(routes) == len(locked.app.routes)  # nothing is mounted that the gate's table lacks
+
+
 def test_openapi_tells_of_every_route_and_its_key(locked: Inside) -> None:
     spec = httpx.get(f"{locked.url}/openapi.json", headers=bearer(KEY)).json()
     for (method, path), closed in GOLDEN.items():

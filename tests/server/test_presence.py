@@ -1,8 +1,10 @@
 """Clients that go, and engines that do: work ends with its reader, readers hear of the end."""
 
+import asyncio
 import json
 import threading
 import time
+from collections.abc import AsyncGenerator, MutableMapping
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ import pytest
 from openai import OpenAI
 
 from tests.server.inside import Inside, Scripted, inside
+from xverse.server.sse import EventStream
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -118,6 +121,31 @@ def test_silence_is_filled_with_comments(folder: Path, monkeypatch: pytest.Monke
             lines = list(answer.iter_lines())
     assert lines.count(": keep-alive") >= 3
     assert lines[-2] == "data: [DONE]"
+
+
+def test_a_client_that_reads_nothing_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xverse.server.sse.STALL_S", 0.1)
+    closed: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def send(message: MutableMapping[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # as uvicorn does while nothing is taken
+
+    async def receive() -> MutableMapping[str, object]:
+        return await asyncio.get_running_loop().create_future()
+
+    async def run() -> None:
+        await asyncio.wait_for(EventStream(events())({}, receive, send), 60)
+
+    asyncio.run(run())
+    assert closed
 
 
 def test_what_the_engine_refuses_has_its_own_status(folder: Path) -> None:

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from xverse.checkpoint.folder import MANIFEST, ModelFolder, write_manifest
 from xverse.checkpoint.weights import SAFETENSORS_DTYPES, TensorInfo, Weights, open_weights
+from xverse.checkpoint.whole import disk_errors, require_space, whole_folder
 from xverse.errors import XverseError
 from xverse.files import is_there, require_file, write_json
 from xverse.log import logger, progress
@@ -37,20 +37,17 @@ def convert_to_safetensors(
     folder = ModelFolder.open(source)
     weights = open_weights(folder.path)
     infos = weights.infos()
-    with _whole_or_not_at_all(target) as aside:
-        _require_space(aside, sum(info.nbytes for info in infos.values()))
+    with whole_folder(target) as aside:
+        require_space(aside.parent, sum(info.nbytes for info in infos.values()))
         save_weights(_stream(weights, infos), aside, max_shard_bytes=max_shard_bytes)
-        if is_there(folder.path / "tokenizer.json"):
-            _save_tokenizer(folder, aside)
-        _copy_rest(folder, aside)
+        copy_rest(folder, aside)
         write_manifest(aside, source=folder.path.name, converted_to="safetensors")
 
 
-def _save_tokenizer(folder: ModelFolder, target: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, config: Mapping[str, object], target: Path) -> None:
     """The tokenizer in its modern form, with the chat format written down where there is one."""
-    tokenizer = Tokenizer.load(folder.path)
-    if folder.config.get("model_type") == "xverse" or tokenizer.chat_template:
-        chat = chat_format(folder.config, tokenizer)
+    if config.get("model_type") == "xverse" or tokenizer.chat_template:
+        chat = chat_format(config, tokenizer)
         tokenizer.save(target, chat_template=chat.template, chat_format=chat.name)
     else:
         tokenizer.save(target)
@@ -65,7 +62,7 @@ def save_weights(
     at a time. Raises XverseError for a name given twice or a dtype the format does not have.
     """
     assert max_shard_bytes > 0
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_shards(tensors, folder, max_shard_bytes)
 
@@ -159,8 +156,10 @@ def _stream(weights: Weights, infos: dict[str, TensorInfo]) -> Iterator[tuple[st
         yield name, weights.read(name, info.dtype)
 
 
-def _copy_rest(folder: ModelFolder, target: Path) -> None:
-    """Copy configs, tokenizer files and the licence; report in the log what stays behind."""
+def copy_rest(folder: ModelFolder, target: Path) -> None:
+    """Copy all but the weights: configs, tokenizer, licence. What stays behind is in the log."""
+    if is_there(folder.path / "tokenizer.json"):
+        save_tokenizer(Tokenizer.load(folder.path), folder.config, target)
     left: list[str] = []
     for path in sorted(folder.path.iterdir()):
         if path.name.endswith(_WEIGHTS) or path.name == MANIFEST or path == target:
@@ -187,44 +186,3 @@ def _is_copied(path: Path) -> bool:
     # A link may lead to the hub cache's blobs and nowhere else: a copy must not gather other files.
     homes = (path.parent, path.parent.parent.parent / "blobs")
     return path.resolve().parent in {home.resolve() for home in homes}
-
-
-@contextmanager
-def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or is removed on a failure."""
-    with _disk_errors(target):
-        if is_there(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise XverseError(
-                f"{target} is there already.",
-                "Converting would overwrite it.",
-                "Name a folder that does not exist, or remove that one first.",
-            )
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            aside.mkdir(parents=True)
-            yield aside
-            if target.is_dir():
-                target.rmdir()
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise XverseError(
-            f"{path} cannot be written.", str(error), "Check the disk's space and permissions."
-        ) from error
-
-
-def _require_space(folder: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise XverseError(
-            f"There is no room for the converted model in {folder.parent}.",
-            f"It needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
-            "Free some space, or name a target on another disk.",
-        )

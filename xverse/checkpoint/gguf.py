@@ -277,6 +277,12 @@ class GgufWeights:
         return pairs.transpose(1, 2).reshape(weight.shape)
 
 
+def pair_halves(weight: Tensor, heads: int) -> Tensor:
+    """The inverse: rows of q or k of a Hugging Face model, as llama.cpp wants them."""
+    halves = weight.view(heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
 def _name(file: GgufFile, stored: str) -> str:
     """The Hugging Face name of a Llama tensor that llama.cpp calls `stored`."""
     match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,5})\.)?(\w+)\.(weight|bias)", stored)

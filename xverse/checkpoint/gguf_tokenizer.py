@@ -16,7 +16,7 @@ from xverse.errors import XverseError
 from xverse.log import logger, warn_once
 from xverse.text.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 SENTENCEPIECE_ROLES = {"unknown": 0, "bos": 1, "eos": 2}  # where the file names none
 FRAME = ("bos", "eos")  # what may stand before and behind a text
 

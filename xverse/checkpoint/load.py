@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from xverse import device as devices
 from xverse.checkpoint import gguf, gguf_tokenizer
 from xverse.checkpoint.folder import ModelFolder
+from xverse.checkpoint.quantized import (
+    LayerFiles,
+    expect,
+    is_zero_bias,
+    put_parts,
+    put_places,
+    stored_names,
+)
 from xverse.checkpoint.resolve import resolve, title_of
 from xverse.checkpoint.save import expert_name
 from xverse.checkpoint.weights import TensorInfo, Weights, open_weights
@@ -19,9 +27,9 @@ from xverse.log import logger, progress
 from xverse.model.decoder import Decoder
 from xverse.model.linear import StackedLinear
 from xverse.model.shape import ModelShape
-from xverse.quant.linear import QuantizedLinear, integers_from_disk
-from xverse.quant.quantize import replace_linears
-from xverse.quant.scheme import Scheme
+from xverse.quant.linear import QuantizedLinear
+from xverse.quant.stored import layout_of
+from xverse.quant.stored_layer import Layout
 from xverse.text.tokenizer import Tokenizer
 
 
@@ -92,7 +100,7 @@ def load(
             f"It has {reads.vocab_size:,} ids, and {title} knows {checkpoint.shape.vocab_size:,}.",
             "Leave it out: the model's folder has its own.",
         )
-    decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place, keep)
+    decoder = build(checkpoint, weights, dtype_of(dtype, checkpoint.config, place), place, keep)
     return Model(decoder, reads, checkpoint)
 
 
@@ -128,12 +136,12 @@ def build(
     """A decoder on `device` with these weights, one tensor at a time, so that no second copy of
     the model ever exists; on a CPU they stay in the files' memory maps where dtypes agree."""
     quantized = checkpoint.config.get("quantization_config")
+    layout = layout_of(quantized) if isinstance(quantized, Mapping) else None
     with torch.device("meta"):
         decoder = Decoder(checkpoint.shape)
-        if isinstance(quantized, Mapping):
-            scheme = Scheme.from_config(quantized)
-            replace_linears(decoder, lambda layer: QuantizedLinear.of(layer, scheme))
-    reader = _Reader(weights, decoder, dtype, device)
+    if layout is not None:
+        put_places(decoder, layout, weights.infos())
+    reader = Reader(weights, decoder, layout, dtype, device)
     steps = reader.steps(keep)
     for fill in progress(steps, total=len(steps), label="loading"):
         fill()
@@ -141,13 +149,18 @@ def build(
     return decoder.eval().requires_grad_(False)
 
 
-class _Reader:
+class Reader:
     """Puts the tensors of a source of weights in their places; knows which were not asked for."""
 
     def __init__(
-        self, weights: Weights, decoder: Decoder, dtype: torch.dtype, device: torch.device
+        self,
+        weights: Weights,
+        decoder: Decoder,
+        layout: Layout | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.weights, self.decoder = weights, decoder
+        self.weights, self.decoder, self.layout = weights, decoder, layout
         self.dtype, self.device = dtype, device
         self.infos: dict[str, TensorInfo] = weights.infos()
         self.asked: set[str] = set()
@@ -160,6 +173,17 @@ class _Reader:
             if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False))
         ]
         return [partial(self._step, module, prefix, keep) for prefix, module in filled]
+
+    def fill(self, name: str) -> nn.Module:
+        """Read the weights of one module of the decoder, with all that is inside; gives it.
+
+        What has been filled may be put out of the decoder again; the reader keeps nothing of it.
+        """
+        top = self.decoder.get_submodule(name)
+        for prefix, module in top.named_modules(prefix=name):
+            if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False)):
+                self._step(module, prefix, None)
+        return top.eval().requires_grad_(False)
 
     def _step(self, module: nn.Module, prefix: str, keep: Keep | None) -> None:
         if isinstance(module, QuantizedLinear):
@@ -185,10 +209,11 @@ class _Reader:
                 "Fetch the folder again, or correct its config.json.",
             )
 
-    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-        self._expect(name, tuple(shape))
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        expect(self.infos, name, tuple(shape))
+        self.asked.add(name)
         # The router decides in fp32, so its weight keeps what the file has of it.
-        wanted = dtype or (torch.float32 if name.endswith("mlp.router.weight") else self.dtype)
+        wanted = torch.float32 if name.endswith("mlp.router.weight") else self.dtype
         return self.weights.read(name, wanted).to(self.device)
 
     def _plain(self, module: nn.Module, prefix: str) -> None:
@@ -203,47 +228,27 @@ class _Reader:
         module.weight = nn.Parameter(stacked, requires_grad=False)
 
     def _quantized(self, module: QuantizedLinear, prefix: str) -> None:
-        *experts, rows, _ = module.weight.shape
-        columns = module.weight.shape[-1] * (2 if module.scheme.bits == 4 else 1)
-        words = torch.Size((rows, columns * module.scheme.bits // 32))
-        weights, scales = [], []
-        names = (
-            [expert_name(prefix, number) for number in range(experts[0])] if experts else [prefix]
-        )
-        for name in names:
-            packed = self._read(f"{name}.weight_packed", words, torch.int32)
-            weights.append(integers_from_disk(packed.cpu(), module.scheme).to(self.device))
-            scales.append(self._read(f"{name}.weight_scale", torch.Size((rows, 1)))[:, 0])
-            self._expect(f"{name}.weight_shape", (2,))
-        module.weight = torch.stack(weights) if experts else weights[0]
-        module.scale = torch.stack(scales) if experts else scales[0]
+        assert self.layout is not None, "who put the layer there"
+        parts = []
+        for name in stored_names(prefix, module):
+            files = LayerFiles(self.weights, self.infos, name)
+            parts.append(files.parts(self.layout, module, self.dtype))
+            self.asked |= files.asked
+        put_parts(module, parts, self.device)
+        bias = f"{prefix}.bias"
         if module.bias is not None:
-            bias = self._read(f"{prefix}.bias", module.bias.shape)
-            module.bias = nn.Parameter(bias, requires_grad=False)
-
-    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
-        info = self.infos.get(name)
-        if info is None:
-            raise XverseError(
-                f"The weights lack {name!r}.",
-                f"The model described by config.json needs it, and the {len(self.infos)} tensors "
-                "found do not have it.",
-                "Fetch the folder again; a download may have stopped half way.",
-            )
-        if info.shape != shape:
-            raise XverseError(
-                f"{info.file}: {name} is {list(info.shape)}, and the model needs {list(shape)}.",
-                "config.json and the weights belong to different models.",
-                "Fetch both from the same place again.",
-            )
-        self.asked.add(name)
+            tensor = self._read(bias, module.bias.shape)
+            module.bias = nn.Parameter(tensor, requires_grad=False)
+        elif is_zero_bias(self.weights, self.infos, bias):
+            self.asked.add(bias)
 
 
 def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
-def _dtype(name: str, config: Mapping[str, object], device: torch.device) -> torch.dtype:
+def dtype_of(name: str, config: Mapping[str, object], device: torch.device) -> torch.dtype:
+    """What a model with this config.json computes in on `device`; "auto" is its own dtype."""
     if name != "auto":
         return devices.pick_dtype(name, device)
     own = str(config.get("torch_dtype") or config.get("dtype") or "auto").removeprefix("torch.")

@@ -74,14 +74,14 @@ def judge(
     plain = tuple(token.id for token in decode(decoder, [request.ids], [request.sampling]))
     if ids == plain:
         return Agreement(request, ids, plain)
-    weight, first = decoder.model.embed_tokens.weight, len(request.ids) - 1
+    device, first = decoder.device, len(request.ids) - 1
     row = [*request.ids, *ids[:-1]]
-    kv = Packed([len(row)], weight.device)
-    wanted = torch.arange(first, len(row), device=weight.device)
-    logits_TV = decoder(torch.tensor(row, device=weight.device), kv.positions(), kv, wanted).float()
-    chosen_T = logits_TV.gather(1, torch.tensor(ids, device=weight.device)[:, None])[:, 0]
+    kv = Packed([len(row)], device)
+    wanted = torch.arange(first, len(row), device=device)
+    logits_TV = decoder(torch.tensor(row, device=device), kv.positions(), kv, wanted).float()
+    chosen_T = logits_TV.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
     behind_T = logits_TV.amax(-1) - chosen_T
-    allowed_T = rounding_steps * torch.finfo(weight.dtype).eps * logits_TV.abs().amax(-1)
+    allowed_T = rounding_steps * torch.finfo(decoder.dtype).eps * logits_TV.abs().amax(-1)
     wrong = int((~(behind_T <= allowed_T)).sum())  # NaN is wrong, too
     ties = int(((behind_T > 0) & (behind_T <= allowed_T)).sum())
     return Agreement(request, ids, plain, ties=ties, wrong=wrong)

@@ -57,14 +57,13 @@ class DeviceRunner:
     @classmethod
     def why_not(cls, decoder: Decoder, kv: Paged) -> str:
         """Why this decoder cannot be run so; empty where it can. On a GPU a reason is said once."""
-        weight = decoder.model.embed_tokens.weight
-        if weight.device.type != "cuda":
+        if decoder.device.type != "cuda":
             return "It is not on a GPU."
         why_not = unfit(decoder)
         if kv.fixed_rows is not None:
             why_not = "Deterministic mode computes every token in rows of one size."
-        elif weight.dtype != torch.bfloat16:
-            why_not = f"Its weights are {weight.dtype}, and the kernels are for bfloat16."
+        elif decoder.dtype != torch.bfloat16:
+            why_not = f"Its weights are {decoder.dtype}, and the kernels are for bfloat16."
         if why_not:
             warn_once(f"steps run without the fused kernels, and slower: {why_not}")
         return why_not

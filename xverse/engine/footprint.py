@@ -30,7 +30,7 @@ def footprint(engine: Engine | SpreadEngine) -> Footprint:
         weight_bytes(engine.decoder),
         engine.capacity,
         engine.kv.nbytes,
-        _peak_bytes(engine.decoder.model.embed_tokens.weight.device),
+        _peak_bytes(engine.decoder.device),
     )
 
 

@@ -9,13 +9,15 @@ from typing import Literal, overload
 from xverse.checkpoint.load import Model, load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.device import pick_device
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.loop import Loop
+from xverse.engine.options import EngineOptions
 from xverse.engine.output import Output
 from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Scores
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
+from xverse.quant.prepare import prepare
 from xverse.quant.quantize import quantize as quantize_decoder
 from xverse.text.chat import Encoded, encode_prompt
 from xverse.text.tools import ParsedReply, parse_tool_calls
@@ -69,7 +71,7 @@ class LLM:
             self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
-            fuse(self.model.decoder)
+            prepare(fuse(self.model.decoder))
             self.engine = Engine(
                 self.model.decoder,
                 end_ids=self.model.end_ids,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from xverse.engine.paged import Paged
 from xverse.kernels import dispatch, reference
@@ -50,8 +49,7 @@ class PromptStep:
 
     def __init__(self, decoder: Decoder, kv: Paged) -> None:
         self.decoder, self.kv = decoder, kv
-        weight = decoder.model.embed_tokens.weight
-        device, dtype = weight.device, weight.dtype
+        device, dtype = decoder.device, decoder.dtype
         fp8 = kv.scales(0) is not None
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu = dispatch.swiglu_joined(device, dtype).call
@@ -67,7 +65,7 @@ class PromptStep:
     def __call__(self, prompts: Prompts) -> Tensor:
         """Normalized hidden states [T, D]; keys and values are in the pages then."""
         stack = self.decoder.model
-        x_TD = functional.embedding(prompts.ids_T, stack.embed_tokens.weight)
+        x_TD = stack.embed_tokens(prompts.ids_T)
         delta_TD: Tensor | None = None
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)

@@ -209,7 +209,8 @@ class Request:
 class Token:
     """One decoded token of the prompt numbered `request`; `finish` on its last one.
 
-    Where asked for: its log-probability, and the best ids with theirs.
+    Where asked for: its log-probability, and the best ids with theirs. On the first token,
+    `reused` is how many tokens of the prompt were found in shared pages instead of computed.
     """
 
     request: int
@@ -217,6 +218,7 @@ class Token:
     finish: Finish | None = None
     logprob: float | None = None
     top: Top = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ class Piece:
     """Text that has become final, the tokens it came from, and on the last piece why it ended.
 
     Log-probabilities, where asked for, are of these tokens; the prompt's come with the first piece.
+    `reused`: of the prompt's tokens, how many these tokens tell were found in shared pages.
     """
 
     text: str
@@ -264,6 +267,7 @@ class Piece:
     finish: Finish | None = None
     logprobs: tuple[Logprob, ...] = ()
     prompt_logprobs: tuple[Logprob, ...] = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from xverse.engine.packed_step import PackedStep, fits
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
 from xverse.engine.sampler import Sampler
@@ -19,6 +20,7 @@ from xverse.engine.scheduler import Chunk, Generation
 from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
 from xverse.model.decoder import Decoder
+from xverse.quant.prepare import rows_stand_alone
 
 SCORED_AT_ONCE = 64  # rows of logits in fp32 that are held for prompt log-probabilities
 
@@ -74,13 +76,14 @@ class PlainRunner:
 
     def __init__(self, decoder: Decoder, kv: Paged) -> None:
         self.decoder, self.kv = decoder, kv
+        self.step = PackedStep(decoder, kv) if fits(decoder, kv) else None
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Flight:
         """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
         decoder, kv = self.decoder, self.kv
         together = _computed_together(kv, chunks)
-        hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
+        hidden_TD = torch.cat([_hidden(decoder, kv, some, self.step) for some in together])
         flight = Flight(chunks, [], list)
         if rows := choosing_rows(chunks):
             logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
@@ -123,7 +126,9 @@ def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chun
     return [*([chunk] for chunk in prompts), *rows]
 
 
-def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
+def _hidden(
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], step: PackedStep | None
+) -> Tensor:
     """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages then."""
     parts: list[Part] = []
     ids: list[int] = []
@@ -132,7 +137,10 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
         parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
         ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
     if kv.fixed_rows is None:
-        return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
+        ids_T, positions_T = torch.tensor(ids, device=kv.device), kv.begin(parts)
+        if step is not None and kv.alone is not None:
+            return step(ids_T, positions_T)
+        return decoder.hidden(ids_T, positions_T, kv)
     rows, found = kv.fixed_rows, []
     tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
     for first in range(0, len(ids), rows):
@@ -145,7 +153,7 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
 
 
 def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
-    if kv.fixed_rows is None and kv.device.type != "cpu":
+    if kv.fixed_rows is None and (kv.device.type != "cpu" or rows_stand_alone(decoder)):
         return decoder.logits(hidden_TD)
     rows = kv.fixed_rows or ROWS
     found = []

@@ -31,9 +31,8 @@ def decode(
     seen = [list(prompt) for prompt in prompts]
     samplers = [Sampler(sampling, end_ids) for sampling in samplings]
     limits = [len(ids) + (s.max_tokens or 0) for ids, s in zip(seen, samplings, strict=True)]
-    device = next(decoder.parameters()).device
-    dtype = decoder.model.embed_tokens.weight.dtype
-    kv = Growing(decoder.shape, len(seen), dtype=dtype, device=device)
+    device = decoder.device
+    kv = Growing(decoder.shape, len(seen), dtype=decoder.dtype, device=device)
     # Prompts one by one, then a step for all: each is computed as it would be alone.
     coming = deque({row: ids} for row, ids in enumerate(seen))
     new: dict[int, list[int]] = {}  # what each prompt that goes on brings next

@@ -9,6 +9,7 @@ plain reference.
 """
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from xverse.kernels import dispatch, reference
 from xverse.kernels.reference import Norm, Scales
 from xverse.kernels.reference_experts import Mixture
 from xverse.model.decoder import Block, Decoder
+from xverse.model.embedding import Embedding
 from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear, StackedLinear
@@ -51,16 +53,15 @@ class DecodeStep:
             )
         self.decoder, self.keys, self.values, self.pages = decoder, keys, values, pages
         self.scales = scales or [None] * len(keys)
-        weight = decoder.model.embed_tokens.weight
-        tokens, device = len(pages), weight.device
+        tokens, device, dtype = len(pages), decoder.device, decoder.dtype
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.products = products(device, weight.dtype, tokens)
+        self.products = products(device, dtype, tokens)
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         self.attend = dispatch.rotate_store_attend(
             device,
-            weight.dtype,
+            dtype,
             tokens,
             heads,
             kv_heads,
@@ -68,9 +69,9 @@ class DecodeStep:
             fp8=self.scales[0] is not None,
         ).call
         if shape.num_experts:
-            self.mix = dispatch.mixture_rows(device, weight.dtype, tokens, shape.num_experts).call
+            self.mix = dispatch.mixture_rows(device, dtype, tokens, shape.num_experts).call
         capacity = torch.arange(pages.shape[1] * keys[0].shape[2], device=device)
-        self.cos_SE, self.sin_SE = turns or decoder.rope.tables(capacity, None, weight.dtype)
+        self.cos_SE, self.sin_SE = turns or decoder.rope.tables(capacity, None, dtype)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -166,11 +167,17 @@ class DecodeStep:
         return replay
 
 
+QUANTIZED = "Its weights are quantized, and the fused step reads them as they are."
+
+
 def unfit(decoder: Decoder) -> str:
     """Why a decoder has no fused step; empty where it has one."""
     scaling = decoder.shape.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         return "Its rotary frequencies change with the length of the sequence."
+    head = None if decoder.lm_head is None else _part(decoder.lm_head)
+    if type(decoder.model.embed_tokens) is not Embedding or type(head) not in (Linear, NoneType):
+        return QUANTIZED
     for block in decoder.model.layers:
         attention, mlp = block.self_attn, block.mlp
         if isinstance(mlp, Reduced):
@@ -185,7 +192,7 @@ def unfit(decoder: Decoder) -> str:
             return "Its projections are apart; `fuse` joins them."
         linears += [attention.qkv_proj, attention.o_proj]
         if not all(type(linear) in (Linear, StackedLinear) for linear in map(_part, linears)):
-            return "Its weights are quantized, and the fused step reads them as they are."
+            return QUANTIZED
     return ""
 
 

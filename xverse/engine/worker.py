@@ -21,14 +21,16 @@ from torch import nn
 
 from xverse import log
 from xverse.checkpoint.load import Model, load
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.message import Line, Message, decode_request, digest, encode_error
+from xverse.engine.options import EngineOptions
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.model.shape import ModelShape
 from xverse.parallel.mesh import Mesh
 from xverse.parallel.tensor import connect, keep_part
 from xverse.quant.quantize import quantize_module
+from xverse.quant.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Seat:
 def keep(job: Job, rank: int, shape: ModelShape, name: str, module: nn.Module) -> nn.Module:
     """What a rank keeps of a module that has just been loaded."""
     if job.quantize is not None:  # before it is cut: scales are those of whole rows
-        module = quantize_module(name, module, job.quantize)
+        module = quantize_module(name, module, Recipe.of(job.quantize).fitting(shape))
     return keep_part(name, module, shape, rank, job.size)
 
 

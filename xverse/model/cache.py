@@ -6,12 +6,14 @@ has seen before, is known only here: `Packed` for whole documents in a row (trai
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xverse.kernels.attend import attend_sequence
+from xverse.kernels import dispatch
+from xverse.kernels.attend import attend_offsets, attend_rows, attend_sequence
 from xverse.model.shape import ModelShape
 
 ROOM = 128  # tokens that the first slab has room for beyond the prompt
@@ -32,10 +34,25 @@ class KV(Protocol):
 class Packed:
     """Documents one after another in one row, none of which sees another; nothing is kept."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         assert all(length > 0 for length in lengths), "a document has at least one token"
         self.documents = list(lengths)
-        self.device = device
+        self.device = torch.device(device)
+        equal = len(set(self.documents)) == 1
+        self._call = dispatch.attend_documents(self.device, dtype, equal=equal).call
+        self._cut: tuple[object, ...] = (self.documents,)
+        if self._call is attend_rows:
+            self._cut = (len(self.documents),)
+        elif self._call is attend_offsets:
+            offsets = torch.tensor([0, *accumulate(self.documents)], dtype=torch.int32)
+            # A power of two, so that compiled code is not made anew for each longest document.
+            longest = 1 << (max(self.documents) - 1).bit_length()
+            self._cut = (offsets.to(self.device, non_blocking=True), longest)
 
     def positions(self) -> Tensor:
         """Place of each token in its document, [T] int64."""
@@ -46,13 +63,7 @@ class Packed:
         return counts.repeat_interleave(counts)
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        parts = (x.split(self.documents) for x in (q_THE, k_TKE, v_TKE))
-        return torch.cat(
-            [
-                attend_sequence(q, k.transpose(0, 1), v.transpose(0, 1))
-                for q, k, v in zip(*parts, strict=True)
-            ]
-        )
+        return self._call(q_THE, k_TKE, v_TKE, *self._cut)
 
 
 class Growing:

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from xverse.kernels import multiply
 from xverse.model.attention import Attention
 from xverse.model.cache import KV
+from xverse.model.embedding import Embedding
 from xverse.model.feedforward import FeedForward, MixtureOfExperts
 from xverse.model.linear import Linear
 from xverse.model.norm import RMSNorm
@@ -39,7 +39,7 @@ class Stack(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Block(shape, i) for i in range(shape.num_hidden_layers))
         self.norm = RMSNorm(
             shape.hidden_size, shape.rms_norm_eps, weight_in_fp32=shape.norm_weight_in_fp32
@@ -64,6 +64,16 @@ class Decoder(nn.Module):
         self.wide_head_VD: Tensor | None
         self.register_buffer("wide_head_VD", None, persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; weights that are quantized have other types."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.norm.weight.device
+
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
     ) -> Tensor:
@@ -74,16 +84,18 @@ class Decoder(nn.Module):
     def hidden(self, ids_T: Tensor, positions_T: Tensor, kv: KV) -> Tensor:
         """Normalized hidden states [T, D], from which `logits` follow."""
         stack = self.model
-        x_TD = functional.embedding(ids_T, stack.embed_tokens.weight)
-        dynamic = self.shape.rope_scaling is not None and (
-            self.shape.rope_scaling.rope_type == "dynamic"
-        )
-        lengths = kv.lengths() if dynamic else None
-        cos_TE, sin_TE = self.rope.tables(positions_T, lengths, x_TD.dtype)
+        x_TD = stack.embed_tokens(ids_T)
+        cos_TE, sin_TE = self.turns(positions_T, kv, x_TD.dtype)
         for block in stack.layers:
             x_TD = block(x_TD, cos_TE, sin_TE, kv)
         normed: Tensor = stack.norm(x_TD)
         return normed
+
+    def turns(self, positions_T: Tensor, kv: KV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's rotary angles, each [T, E]."""
+        scaling = self.shape.rope_scaling
+        dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        return self.rope.tables(positions_T, kv.lengths() if dynamic else None, dtype)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Scores of every vocabulary entry, [T, V], in x's dtype."""
@@ -91,7 +103,7 @@ class Decoder(nn.Module):
             return multiply.linear(x_TD, self.wide_head_VD)[:, : self.shape.vocab_size]
         if self.lm_head is not None:
             return self.lm_head(x_TD)
-        return multiply.linear(x_TD, self.model.embed_tokens.weight)
+        return self.model.embed_tokens.project(x_TD)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from xverse.model.attention import Attention
 from xverse.model.cache import KV
 from xverse.model.decoder import Decoder
 from xverse.model.feedforward import FeedForward, MixtureOfExperts
-from xverse.model.linear import Linear
+from xverse.model.linear import Linear, join
 
 
 class FusedAttention(nn.Module):
@@ -19,7 +19,7 @@ class FusedAttention(nn.Module):
         self.layer, self.head_dim = attention.layer, attention.head_dim
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         q_proj, k_proj, v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.qkv_proj = q_proj.join(q_proj, k_proj, v_proj)
+        self.qkv_proj = join(q_proj, k_proj, v_proj)
         self.o_proj = attention.o_proj
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
@@ -35,7 +35,7 @@ class FusedFeedForward(nn.Module):
     def __init__(self, feedforward: FeedForward) -> None:
         super().__init__()
         gate_proj, up_proj = feedforward.gate_proj, feedforward.up_proj
-        self.gate_up_proj = gate_proj.join(gate_proj, up_proj)
+        self.gate_up_proj = join(gate_proj, up_proj)
         self.down_proj = feedforward.down_proj
 
     def forward(self, x_TD: Tensor) -> Tensor:

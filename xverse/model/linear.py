@@ -1,6 +1,6 @@
 """D -> N. The linear layer of every block, and its stack for experts."""
 
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class Linear(nn.Module):
         made.weight = nn.Parameter(weight, requires_grad=False)
         made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return made
+
+    def alike(self, other: nn.Module) -> bool:
+        """Whether `join` can make one layer of the two."""
+        return type(other) is type(self) and (self.bias is None) == (other.bias is None)
 
     @classmethod
     def join(cls, *parts: Self) -> Self:
@@ -49,6 +53,28 @@ class Linear(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return multiply.linear(x_TD, self.weight, self.bias)
+
+
+class SideBySide(nn.Module):
+    """Layers of the same inputs that differ in kind: their outputs, one after another."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.cat([part(x_TD) for part in self.parts], dim=-1)
+
+
+def join(*layers: Linear) -> Linear:
+    """One layer whose outputs are those of all, one after another; one product where it can be.
+
+    They may be of other kinds that stand in the place of a `Linear`, and then so is what they make.
+    """
+    first, *others = layers
+    if all(first.alike(other) for other in others):
+        return first.join(*layers)
+    return cast(Linear, SideBySide(*layers))
 
 
 class StackedLinear(nn.Module):

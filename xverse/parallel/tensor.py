@@ -72,7 +72,7 @@ class Gathered(nn.Module):
     `wide_ND` is the part's weight in a memory of more rows, where `fuse` has made one.
     """
 
-    def __init__(self, part: Linear, gather: Gather, wide_ND: Tensor | None = None) -> None:
+    def __init__(self, part: nn.Module, gather: Gather, wide_ND: Tensor | None = None) -> None:
         super().__init__()
         self.part, self.gather = part, gather
         self.wide_ND: Tensor | None
@@ -81,6 +81,7 @@ class Gathered(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.wide_ND is None:
             return self.gather(self.part(x_TD))
+        assert isinstance(self.part, Linear), "of which it is a view"
         wide_TN = multiply.linear(x_TD, self.wide_ND)
         return self.gather(wide_TN[:, : len(self.part.weight)].contiguous())
 
@@ -135,17 +136,20 @@ def connect(decoder: Decoder, mesh: Joins) -> Decoder:
         else:  # one sum for all experts together
             assert isinstance(mlp, nn.Module), "a mixture of experts"
             block.mlp = Reduced(mlp, mesh.reduce)
-    embedding = decoder.model.embed_tokens.weight
-    mesh.reserve(whole.hidden_size, whole.vocab_size, embedding.dtype)
+    mesh.reserve(whole.hidden_size, whole.vocab_size, decoder.dtype)
     head, wide_VD = decoder.lm_head, decoder.wide_head_VD
     decoder.wide_head_VD = None
     if head is None:  # tied: a part of the embedding, which every rank has whole
         part = part_of("lm_head", whole, mesh.rank, mesh.size)
         assert part is not None, "the table has the head"
-        head = Linear.of(embedding.data, None).keep_outputs(part.first, part.last, part.units)
+        table = decoder.model.embed_tokens.as_linear()
+        head = table.keep_outputs(part.first, part.last, part.units)
         wide_VD = None
-    assert isinstance(head, Linear), "the head is never quantized"
-    if wide_VD is not None and wide_VD.data_ptr() != head.weight.data_ptr():
-        wide_VD = None  # the head was widened before it was cut
+    if not (
+        wide_VD is not None
+        and isinstance(head, Linear)
+        and wide_VD.data_ptr() == head.weight.data_ptr()
+    ):
+        wide_VD = None  # the head is quantized, or was widened before it was cut
     decoder.lm_head = Gathered(head, mesh.gather, wide_VD)
     return decoder

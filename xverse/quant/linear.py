@@ -1,5 +1,7 @@
-"""LINEAR -> SMALLER LINEAR. Integer weights, and their packing on disk."""
+"""LINEAR -> SMALLER LINEAR. Weights in few bits, computed with as they are held."""
 
+from dataclasses import replace
+from math import gcd
 from typing import Self
 
 import torch
@@ -7,59 +9,93 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xverse.errors import XverseError
-from xverse.model.linear import Linear, StackedLinear, span
+from xverse.model.linear import Linear, span
+from xverse.quant.rounding import Rounded, nearest
 from xverse.quant.scheme import Scheme
 
 
 class QuantizedLinear(nn.Module):
-    """A `Linear` or `StackedLinear` whose weight is held as integers with a scale per row.
+    """A `Linear` or `StackedLinear` whose weight is held as w = (q - zero) * scale.
 
-    `weight`: int8 [..., N, D], or for 4 bits uint8 [..., N, D/2] with the even column in the low
-    half, each plus 8. `scale`: [..., N] in the dtype that the layer computes in.
+    `weight`: int8 [..., N, D], for 4 bits uint8 [..., N, D/2] with the even column in the low half,
+    each plus 8, or float8_e4m3fn [..., N, D]. `scale`, in the dtype that the layer computes in:
+    [..., N] for one a row, or [..., N, G] for groups of D/G columns. `zero`: int8 in the scale's
+    shape; None where symmetric. `order`: int64 [D], column i multiplies x[order[i]]; None but for
+    checkpoints of others that sort their columns.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        zero: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("order", order)
         self.weight: Tensor
         self.scale: Tensor
+        self.zero: Tensor | None
+        self.order: Tensor | None
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, layer: Linear | StackedLinear, scheme: Scheme) -> Self:
-        """The layer, rounded to the scheme; rows of zeros stay zeros."""
-        weight = layer.weight.float()
-        # A tensor and not a number: dividing by a number, CUDA multiplies by its inverse, and
-        # the same weights would round differently there.
-        scale = weight.abs().amax(dim=-1) / weight.new_tensor(scheme.largest)
-        steps = (weight / scale.clamp(min=1e-30)[..., None]).round()
-        integers = steps.clamp(-scheme.largest, scheme.largest).to(torch.int8)
+    def of(cls, layer: nn.Module, scheme: Scheme) -> Self:
+        """The layer (linear, a stack, or an embedding), each weight rounded to the nearest step."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor), "a layer of weights"
+        return cls.of_rounded(layer, nearest(weight.detach(), scheme), scheme)
+
+    @classmethod
+    def of_rounded(cls, layer: nn.Module, rounded: Rounded, scheme: Scheme) -> Self:
+        """The layer with the weights that are given, and its own bias."""
+        steps, scale, zero = rounded
         bias = layer.bias if isinstance(layer, Linear) else None
-        packed = pack_nibbles(integers) if scheme.bits == 4 else integers
-        return cls(packed, scale.to(layer.weight.dtype), bias, scheme)
+        packed = pack_nibbles(steps) if scheme.bits == 4 else steps
+        return cls(packed, scale, None if bias is None else bias.detach(), scheme, zero)
+
+    def alike(self, other: nn.Module) -> bool:
+        """Whether `join` can make one layer of the two."""
+        if not isinstance(other, QuantizedLinear) or self.scheme != other.scheme:
+            return False
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return torch.equal(self.order, other.order)
 
     @classmethod
     def join(cls, *parts: Self) -> Self:
-        """One layer whose outputs are those of the parts, one after another."""
+        """One layer whose outputs are those of the parts (all `alike`), one after another."""
+        first = parts[0]
         biases = [part.bias.data for part in parts if part.bias is not None]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        rows = -1 if first.scheme.group_size is None else -2
         return cls(
             torch.cat([part.weight for part in parts], dim=-2),
-            torch.cat([part.scale for part in parts], dim=-1),
+            torch.cat([part.scale for part in parts], dim=rows),
             torch.cat(biases) if biases else None,
-            parts[0].scheme,
+            first.scheme,
+            torch.cat(zeros, dim=rows) if zeros else None,
+            first.order,
         )
 
     def keep_outputs(self, first: int, last: int, of: int) -> Self:
         """As `Linear.keep_outputs`."""
-        kept = span(self.scale.shape[-1], first, last, of)
+        kept = span(self.weight.shape[-2], first, last, of)
+        rows = kept if self.scheme.group_size is None else (kept, slice(None))
+        index = (..., *(rows if isinstance(rows, tuple) else (rows,)))
         bias = None if self.bias is None else self.bias.data[kept]
-        return type(self)(self.weight[..., kept, :], self.scale[..., kept], bias, self.scheme)
+        zero = None if self.zero is None else self.zero[index]
+        weight = self.weight[..., kept, :]
+        return type(self)(weight, self.scale[index], bias, self.scheme, zero, self.order)
 
     def keep_inputs(self, first: int, last: int, of: int) -> Self:
-        """As `Linear.keep_inputs`."""
+        """As `Linear.keep_inputs`. A cut through groups makes groups of a smaller size of them."""
         per_byte = 8 // self.scheme.bits
         kept = span(self.weight.shape[-1] * per_byte, first, last, of)
         if kept.start % per_byte or kept.stop % per_byte:
@@ -68,22 +104,59 @@ class QuantizedLinear(nn.Module):
                 "Two of its weights share a byte.",
                 "Spread the model over fewer devices, or quantize it to 8 bits.",
             )
+        if self.order is not None:
+            raise XverseError(
+                "A layer with sorted columns (GPTQ's desc_act) cannot be cut by its inputs.",
+                "The columns that a device keeps take inputs that others have.",
+                "Run the model on one device, or quantize the original with `xverse quantize`.",
+            )
+        scheme, scale, zero = self.scheme, self.scale, self.zero
+        if scheme.group_size is not None:
+            size = gcd(scheme.group_size, kept.start, kept.stop)
+            groups = slice(kept.start // size, kept.stop // size)
+            times = scheme.group_size // size
+            scale = scale.repeat_interleave(times, dim=-1)[..., groups]
+            zero = None if zero is None else zero.repeat_interleave(times, dim=-1)[..., groups]
+            scheme = replace(scheme, group_size=size)
         bias = None if self.bias is None or first else self.bias.data
         weight = self.weight[..., kept.start // per_byte : kept.stop // per_byte]
-        return type(self)(weight, self.scale, bias, self.scheme)
+        return type(self)(weight, scale, bias, scheme, zero)
 
     def integers(self) -> Tensor:
-        """The weight as int8 [..., N, D]."""
+        """The weight as int8 [..., N, D]; of fp8 as it is."""
         return unpack_nibbles(self.weight) if self.scheme.bits == 4 else self.weight
 
+    def dequantized(self, rows: Tensor | int | None = None) -> Tensor:
+        """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension that
+        `rows` names; columns as they are stored."""
+        weight, scale, zero = self.weight, self.scale, self.zero
+        if rows is not None:
+            weight, scale = weight[rows], scale[rows]
+            zero = None if zero is None else zero[rows]
+        steps = (unpack_nibbles(weight) if self.scheme.bits == 4 else weight).to(torch.float32)
+        if self.scheme.group_size is None:
+            scale, zero = scale[..., None], None if zero is None else zero[..., None]
+        groups = steps.unflatten(-1, (scale.shape[-1], -1))
+        if zero is not None:
+            groups = groups - zero[..., None]
+        return (groups * scale[..., None].float()).flatten(-2).to(scale.dtype)
+
     def forward(self, x_TD: Tensor, expert: int | None = None) -> Tensor:
-        weight, scale = self.weight, self.scale
-        if expert is not None:
-            weight, scale = weight[expert], scale[expert]
-        if self.scheme.bits == 4:
-            weight = unpack_nibbles(weight)
-        y_TN = functional.linear(x_TD, weight.to(x_TD.dtype)) * scale
+        """x @ w.T + bias; of a stack, by the layer of that expert."""
+        if self.order is not None:
+            x_TD = x_TD[..., self.order]
+        if self.scheme.group_size is None and self.zero is None:
+            # Steps are exact in 16 bits, and their scale is better applied to the sum.
+            steps = self.integers() if expert is None else self._steps(expert)
+            scale = self.scale if expert is None else self.scale[expert]
+            y_TN = functional.linear(x_TD, steps.to(x_TD.dtype)) * scale
+        else:
+            y_TN = functional.linear(x_TD, self.dequantized(expert).to(x_TD.dtype))
         return y_TN if self.bias is None else y_TN + self.bias
+
+    def _steps(self, expert: int) -> Tensor:
+        weight = self.weight[expert]
+        return unpack_nibbles(weight) if self.scheme.bits == 4 else weight
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:
@@ -96,31 +169,3 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
     halves = torch.stack((packed & 15, packed >> 4), dim=-1)
     return halves.flatten(-2).to(torch.int8) - 8
-
-
-def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of a layer as compressed-tensors' pack-quantized stores them.
-
-    `weight_packed` int32 [N, D * bits / 32]: integers made positive, the first in the lowest bits;
-    `weight_scale` [N, 1]; `weight_shape` [2]; and the bias where there is one.
-    """
-    bits = layer.scheme.bits
-    integers = layer.integers()
-    positive = (integers.int() + 2 ** (bits - 1)).unflatten(-1, (-1, 32 // bits)).long()
-    words = (positive << torch.arange(0, 32, bits)).sum(-1)
-    tensors = {
-        "weight_packed": torch.where(words >= 2**31, words - 2**32, words).int(),
-        "weight_scale": layer.scale[..., None],
-        "weight_shape": torch.tensor(integers.shape[-2:]),
-    }
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias
-    return tensors
-
-
-def integers_from_disk(packed: Tensor, scheme: Scheme) -> Tensor:
-    """`weight_packed` as a layer of `scheme` holds its weight."""
-    shifts = torch.arange(0, 32, scheme.bits, dtype=torch.int32)
-    positive = packed[..., None] >> shifts & (2**scheme.bits - 1)
-    integers = (positive - 2 ** (scheme.bits - 1)).to(torch.int8).flatten(-2)
-    return pack_nibbles(integers) if scheme.bits == 4 else integers

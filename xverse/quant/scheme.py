@@ -1,66 +1,61 @@
-"""WHAT SMALLER MEANS. A quantization scheme, and how config.json says it."""
+"""WHAT SMALLER MEANS. A quantization scheme: how many bits, and who shares a scale."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from xverse.errors import XverseError
+
+LEAST_GROUP = 8  # columns of int4 that share 32 bits; what a cut over devices may come to
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Symmetric integers with one scale per output row: the scheme of `model.quantize(8 | 4)`.
+    """How weights are rounded: w = (q - zero) * scale, with a scale for each row or group.
 
-    q = round(w / scale), scale = max|row| / (2^(bits-1) - 1); the weights of the linear layers in
-    the blocks alone, computed in 16 or 32 bit. Embedding, head, norms and router stay as they are.
+    `group_size` columns of a row share a scale; None is one for the whole row. Symmetric schemes
+    have no zero. "float" is 8 bits of e4m3 with a scale for each row. `Scheme(8)` and `Scheme(4)`
+    are what `model.quantize(8 | 4)` always was: scale = max|row| / (2^(bits-1) - 1).
     """
 
     bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+    kind: Literal["int", "float"] = "int"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (4, 8):
             raise XverseError(
-                f"Weights cannot be quantized to {self.bits!r} bits.",
-                "The published scheme exists for 8 and for 4 bits.",
+                f"Weights cannot be quantized to {self.bits!r:.60} bits.",
+                "The schemes are those of 8 and of 4 bits.",
                 "Call quantize(8) or quantize(4).",
+            )
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < LEAST_GROUP or size % 8):
+            raise XverseError(
+                f"Groups cannot have {size!r:.60} columns.",
+                f"It takes a multiple of 8 from {LEAST_GROUP} on.",
+                "Use 128, 64 or 32, or no groups: one scale for each row.",
+            )
+        if self.kind == "float" and (self.bits, size, self.symmetric) != (8, None, True):
+            raise XverseError(
+                f"There is no such floating point scheme: {self.bits} bits, groups of {size}.",
+                "fp8 has 8 bits, and one scale for each row.",
+                'Use the scheme "fp8", or integers.',
             )
 
     @property
     def largest(self) -> int:
-        """The largest integer: 127 or 7."""
-        return 2 ** (self.bits - 1) - 1
+        """The largest number a weight can be stored as: 127, 7 or (fp8) 448."""
+        return 448 if self.kind == "float" else 2 ** (self.bits - 1) - 1
 
-    def to_config(self) -> dict[str, object]:
-        """`quantization_config` of a compressed-tensors folder, which other stacks read too."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel",
-            "group_size": None,
-            "dynamic": False,
-        }
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-        }
+    @property
+    def smallest(self) -> int:
+        """The smallest one; a row's own scale (the published scheme) leaves -128 and -8 unused."""
+        unused = self.kind == "float" or (self.symmetric and self.group_size is None)
+        return -self.largest if unused else -self.largest - 1
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> "Scheme":
-        """The scheme of a `quantization_config`; XverseError where it is not one of ours."""
-        groups = config.get("config_groups")
-        if config.get("quant_method") == "compressed-tensors" and isinstance(groups, Mapping):
-            for group in groups.values():
-                weights = group.get("weights") if isinstance(group, Mapping) else None
-                bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
-                if bits in (4, 8) and cls(bits).to_config() == dict(config):
-                    return cls(bits)
-        raise XverseError(
-            f"The folder is quantized by {config.get('quant_method')!r:.60} in a form that this "
-            "version does not read.",
-            "It reads compressed-tensors pack-quantized with one scale per row, 4 or 8 bits.",
-            "Take the unquantized checkpoint and quantize it with `model.quantize(8)` or (4).",
-        )
+    def __str__(self) -> str:
+        if self.kind == "float":
+            return "fp8"
+        groups = "per row" if self.group_size is None else f"in groups of {self.group_size}"
+        return f"int{self.bits} {groups}" + ("" if self.symmetric else ", asymmetric")

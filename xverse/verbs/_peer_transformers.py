@@ -110,7 +110,6 @@ def llama_of(shape: ModelShape, decoder: Decoder) -> LlamaForCausalLM:
     fields: dict[str, Any] = {**shape.to_config(), "model_type": "llama"}
     # Else a 2 among random ids would end an answer.
     config = LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    weight = decoder.model.embed_tokens.weight
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     parameters = {
@@ -120,7 +119,7 @@ def llama_of(shape: ModelShape, decoder: Decoder) -> LlamaForCausalLM:
     assert not unexpected, unexpected
     assert missing in ([], ["lm_head.weight"]), missing
     model.tie_weights()  # assigned over
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(weight.device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(decoder.device)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     model.generation_config = GenerationConfig()
     llama: LlamaForCausalLM = model.eval()

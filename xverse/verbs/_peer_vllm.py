@@ -17,7 +17,7 @@ SHARE = 0.9  # of the memory that is free once our engine has its own
 
 def open_peer(subject: Subject, decoder: Decoder) -> "VllmPeer":
     """vLLM with its own copy of the weights; of a random model with random weights of its own."""
-    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = str(decoder.dtype).removeprefix("torch.")
     return VllmPeer(subject, dtype)
 
 

@@ -220,7 +220,7 @@ def _facts(
         "model": {
             "title": subject.title,
             "parameters": subject.shape.num_parameters,
-            "dtype": str(engine.decoder.model.embed_tokens.weight.dtype).removeprefix("torch."),
+            "dtype": str(engine.decoder.dtype).removeprefix("torch."),
             "quantize": config.quantize,
             "random_weights": config.random_weights,
             "tensor_parallel": config.tensor_parallel,

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -105,7 +105,7 @@ def _evaluate(config: Config) -> int:
     return 0
 
 
-def _asked(config: Config) -> dict[str, object]:
+def _asked(config: Config) -> dict[str, Any]:
     """What is asked of the model, as `evaluate` takes it."""
     names = ("tasks", "data", "shots", "limit", "seed", "chat")
     return {

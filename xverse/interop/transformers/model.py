@@ -19,7 +19,9 @@ from xverse.interop.transformers.config import XverseConfig
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
 from xverse.quant.quantize import quantize
+from xverse.quant.recipe import Recipe
 from xverse.quant.scheme import Scheme
+from xverse.quant.stored_compressed import to_config
 from xverse.text.chat import Message
 
 
@@ -190,7 +192,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(bits, bool) or bits not in (4, 8):
             raise ValueError(f"quantize takes 8 or 4 bits, not {bits!r}")
         quantize(self.decoder, bits)
-        self.config.quantization_config = Scheme(bits).to_config()
+        self.config.quantization_config = to_config(Recipe(Scheme(bits)))
         return self
 
     def save_pretrained(  # type: ignore[override]
