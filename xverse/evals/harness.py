@@ -155,6 +155,7 @@ def _ask(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
 
 def _choose(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     task = batch.task
+    _lengths_at_once(door, batch, options)
     fits = [_fit(door, task, item, options) for item in batch.items]
     asks = [
         asks_of(task, item, shots, options.chat) if shots is not None else []
@@ -176,6 +177,7 @@ def _write(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     assert grade is not None, "who writes is graded"
     prompts: list[Prompt | None] = []
     facts: list[Outcome] = []
+    _lengths_at_once(door, batch, options)
     for item in batch.items:
         text, fact = _fitted_text(door, task, item, options)
         prompts.append(None if text is None else Prompt(text, options.chat))
@@ -221,6 +223,12 @@ def _foretell(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
         }
         for text, found in zip(texts, door.foretell(texts, batch.key), strict=True)
     ]
+
+
+def _lengths_at_once(door: Door, batch: _Batch, options: Options) -> None:
+    """Have a door tokenize all prompts of a batch together, on all cores."""
+    texts = [text for item in batch.items for text in _prompts(item, options)]
+    door.lengths([Prompt(text, options.chat) for text in texts])
 
 
 def _fit(door: Door, task: Task, item: Item, options: Options) -> int | None:

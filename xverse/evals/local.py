@@ -59,6 +59,11 @@ class LocalDoor:
         """Tokens of each prompt, the marks of the chat format included."""
         if len(self._ids) > 16 * self.batch:
             self._ids.clear()
+        new = [p for p in dict.fromkeys(prompts) if not p.chat and p not in self._ids]
+        tokenizer = self.llm.tokenizer
+        if len(new) > 1 and not tokenizer.encode(""):  # else something is added to every text
+            texts = [prompt.text for prompt in new]
+            self._ids |= zip(new, tokenizer.encode_many(texts), strict=True)
         return [len(self._encode(prompt)) for prompt in prompts]
 
     def without_middle(self, text: str, tokens: int) -> str:
