@@ -38,7 +38,6 @@ def test_front_door() -> None:
         "load",
         "pull",
         "quantize",
-        "quantize",
     ]
     for name in xverse.__all__:
         assert getattr(xverse, name) is not None

@@ -52,7 +52,8 @@ def together(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_are_those_of_one_process(alone: Path, together: Path, name: str) -> None:
-    tolerance = 0.01 if name == "bf16" else 1e-5
+    # Muon makes small directions as large as others, and the last bits of a sum with them.
+    tolerance = {"bf16": 0.01, "muon": 5e-3}.get(name, 1e-5)
     assert losses(together, name) == pytest.approx(losses(alone, name), abs=tolerance)
     assert len(losses(together, name)) == RUNS[name][1].steps
 

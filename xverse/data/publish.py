@@ -11,14 +11,12 @@ from typing import Any
 from xverse.data.mixture import Draw, draw, plan_draw
 from xverse.data.plan import STATISTICS, Plan, tokenizer_file
 from xverse.data.shard_writer import write_index, write_samples
-from xverse.data.shards import PARTS, Group, Shard, Shards, file_sha256
+from xverse.data.shards import PARTS, TOKENIZER, VALIDATION, Group, Shard, Shards
 from xverse.errors import XverseError
 from xverse.files import read_json, write_json
 from xverse.text.tokenizer import Tokenizer
 
-VALIDATION = "validation"
 DIRTY = "dirty.jsonl"
-TOKENIZER = "tokenizer"
 
 
 def publish(plan: Plan) -> None:
@@ -32,7 +30,7 @@ def publish(plan: Plan) -> None:
     tokenizer = Tokenizer.load(plan.settings.tokenizer)
     _copy_tokenizer(plan, aside / TOKENIZER)
     facts: dict[str, Any] = {
-        "tokenizer_sha256": file_sha256(tokenizer_file(plan.settings.tokenizer)),
+        "tokenizer_sha256": tokenizer.sha256(),
         "vocab_size": tokenizer.vocab_size,
         "end_id": tokenizer.eos_id,
     }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xverse.model.feedforward import Router
 from xverse.model.linear import Linear, StackedLinear
 from xverse.model.norm import RMSNorm
 from xverse.quant.observe import Moments
@@ -128,5 +129,5 @@ def _some_rows(weight: Tensor) -> Tensor:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module, Linear | StackedLinear | RMSNorm), type(module)
+    assert isinstance(module, Linear | StackedLinear | Router | RMSNorm), type(module)
     return module.weight

@@ -1,5 +1,6 @@
 """TEXT <-> IDS. The tokenizer: loads old and new files, encodes safely, decodes by bytes."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -169,6 +170,10 @@ class Tokenizer:
         if known is None:
             known = self._bytes[id] = self._compute_bytes(id)
         return known
+
+    def sha256(self) -> str:
+        """Hex sha256 of tokenizer.json as `save` writes it: the same for all files that mean it."""
+        return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(
         self,

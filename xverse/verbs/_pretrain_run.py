@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
 from xverse.checkpoint.resolve import resolve
-from xverse.data.shards import Shards, file_sha256
+from xverse.data.shards import TOKENIZER, VALIDATION, Shards
 from xverse.errors import XverseError
 from xverse.files import read_json
 from xverse.model.catalog import CATALOG, from_depth
@@ -19,7 +19,7 @@ from xverse.text.tokenizer import Tokenizer
 from xverse.train import build, randomness
 from xverse.train.account import account
 from xverse.train.checkpoints import Checkpoints
-from xverse.train.evaluate import held_out, loader_of
+from xverse.train.evaluate import Held, held_out, loader_of
 from xverse.train.journal import Journal, last_steps, plot
 from xverse.train.loop import Outcome, Run
 from xverse.train.objective import pretrain
@@ -39,7 +39,7 @@ class Pretraining:
         shards = Shards.open(config.shards)
         self.tokenizer = _tokenizer(config, shards)
         self.shape = shape_of(config, shards.vocab_size)
-        held = held_out(Shards.open(config.validation), config, ranks) if config.validation else {}
+        held = _held_out(config, shards, ranks)
         folder = self.out / RUN
         terminal = None if config.json or not ranks.first else sys.stderr
         self.journal = Journal(
@@ -109,25 +109,33 @@ class Pretraining:
         )
 
 
+def _held_out(config: Config, shards: Shards, ranks: Ranks) -> dict[str, Held]:
+    """What is evaluated on: the shards named, or those held out beside the ones learned from."""
+    beside = shards.folder / VALIDATION
+    if config.validation or beside.is_dir():
+        return held_out(Shards.open(config.validation or beside), config, ranks)
+    return {}
+
+
 def _tokenizer(config: Config, shards: Shards) -> Tokenizer:
     """The tokenizer that made the shards, by its sha256 where they tell it."""
     named = config.tokenizer or config.start
-    path = resolve(named) if named else shards.folder
-    file = path if path.is_file() else path / "tokenizer.json"
-    if not named and not file.exists():
+    path = resolve(named) if named else shards.folder / TOKENIZER
+    if not named and not path.exists():
         raise XverseError(
             "Which tokenizer made the shards is not known.",
-            f"{shards.folder} has no tokenizer.json, and the model would have none.",
+            f"{path} is not there, and the model would have none.",
             "Name it with --tokenizer.",
         )
+    tokenizer = open_tokenizer(path if path.is_dir() else path.parent)
     told = shards.tokenizer_sha256
-    if told and file.exists() and file_sha256(file) != told:
+    if told and tokenizer.sha256() != told:
         raise XverseError(
-            f"{file} is not the tokenizer that made the shards.",
+            f"{path} is not the tokenizer that made the shards.",
             f"Their index.json names one with the sha256 {told[:16]}...",
             "Name that one with --tokenizer, or prepare the data again with this one.",
         )
-    return open_tokenizer(path if path.is_dir() else path.parent)
+    return tokenizer
 
 
 def _record(folder: Path, config: Config, shape: ModelShape) -> None:

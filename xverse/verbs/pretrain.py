@@ -35,9 +35,10 @@ class Config(Training):
     ntk_factor: float | None = None
     """Dynamic NTK scaling by this factor, for longer contexts."""
     tokenizer: str = ""
-    """The model folder or tokenizer.json that made the shards; else that of `start`, or in them."""
+    """The model folder or tokenizer.json that made the shards; else that of `start`, or theirs."""
     validation: str = ""
-    """Shards that are evaluated on, one language after another, and never learned from."""
+    """Shards that are evaluated on, one language after another, and never learned from; by default
+    those that `xverse prepare` held out."""
     device: str = "auto"
     """cpu, cuda, or auto; under torchrun each process takes a card of its own."""
     dry_run: bool = False
