@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # How far beyond (or short of) the last integer a group's largest value may fall.
-STRETCHES_Q4_K = tuple(step / 4 for step in range(-4, 6))
+STRETCHES_Q4_K = tuple(0.15 * step for step in range(-7, 8))
 STRETCHES_Q6_K = tuple(step / 2 for step in range(-4, 5))
 EMPTY = 1e-30  # a range below it is taken for none
 
