@@ -150,12 +150,16 @@ def orthogonalize(matrix_ND: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
+def muon_direction(matrix_ND: Tensor) -> Tensor:
+    """The whole matrix orthogonalized, its elements as large as those of AdamW's updates usually
+    are, so that both share rate and decay (Liu et al. 2025, Muon is scalable, eq. 4)."""
+    return orthogonalize(matrix_ND) * (0.2 * max(matrix_ND.shape[-2:]) ** 0.5)
+
+
 def muon(
     weight: Tensor, direction: Tensor, *, rate: float, decay: float, copy: Tensor | None = None
 ) -> None:
-    """One update along an orthogonalized direction, in place; its elements are as large as AdamW's
-    usually are, so that both share rate and decay (Liu et al. 2025, Muon is scalable, eq. 4)."""
-    size = 0.2 * max(direction.shape[-2:]) ** 0.5
-    weight.mul_(1 - rate * decay).add_(direction.float(), alpha=-rate * size)
+    """One update along a `muon_direction`, or a part of both, in place."""
+    weight.mul_(1 - rate * decay).add_(direction.float(), alpha=-rate)
     if copy is not None:
         copy.copy_(weight)

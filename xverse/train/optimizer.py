@@ -135,7 +135,7 @@ class Optimizer:
         momentum = _local(slot.first)
         momentum.lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(momentum, MOMENTUM)
-        direction = _orthogonal(ahead, slot.weight)
+        direction = _direction(ahead, slot.weight)
         weight = _local(slot.weight)
         if weight.dtype == torch.float32:
             reference_train.muon(
@@ -168,16 +168,16 @@ def _copies(tensor: Tensor) -> int:
     return copies
 
 
-def _orthogonal(local: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of the orthogonalized matrices of which `local` is its part.
+def _direction(local: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of the directions of the matrices of which `local` is its part.
 
     Experts are spread whole; other matrices are cut, and every rank computes with all of them.
     """
     if not isinstance(like, DTensor) or like.dim() == 3:
-        return reference_train.orthogonalize(local)
+        return reference_train.muon_direction(local)
     mesh, placements = like.device_mesh, like.placements
     whole = DTensor.from_local(
         local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     ).full_tensor()
-    made = reference_train.orthogonalize(whole)
+    made = reference_train.muon_direction(whole)
     return distribute_tensor(made, mesh, placements, src_data_rank=None).to_local()
