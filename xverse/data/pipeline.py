@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from xverse.data.lock import let_go, wait_for_turn
 from xverse.data.plan import STATISTICS, Plan
 from xverse.errors import XverseError
 from xverse.files import read_json
@@ -45,9 +46,7 @@ def prepare(plan: Plan, execution: Execution) -> dict[str, Any] | None:
     """
     _require_datatrove()
     if plan.claim() != "done":
-        from xverse.data.steps import let_go, lock
-
-        lock(plan.work, shared=False).close()  # the workers of a run that was killed have ended
+        wait_for_turn(plan.work)
         stages = build_stages(plan)
         try:
             if execution.executor == "local":

@@ -20,7 +20,7 @@ DIRTY = "dirty.jsonl"
 
 
 def publish(plan: Plan) -> None:
-    """Put `plan.out` in place: shards, validation/, tokenizer/, dirty.jsonl, statistics.json.
+    """Put `plan.out` in place: shards, tokenizer, validation/, dirty.jsonl, statistics.json.
 
     All is linked together aside first; if that was cut short, it is done anew. Raises XverseError
     where nothing is left to train on.
@@ -28,7 +28,7 @@ def publish(plan: Plan) -> None:
     aside = plan.work / "out"
     shutil.rmtree(aside, ignore_errors=True)
     tokenizer = Tokenizer.load(plan.settings.tokenizer)
-    _copy_tokenizer(plan, aside / TOKENIZER)
+    _copy_tokenizer(plan, aside)
     facts: dict[str, Any] = {
         "tokenizer_sha256": tokenizer.sha256(),
         "vocab_size": tokenizer.vocab_size,

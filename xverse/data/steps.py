@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from datatrove.data import Document
@@ -21,6 +21,7 @@ from datatrove.utils.logging import logger as datatrove_logger
 from numpy.typing import NDArray
 
 from xverse.data.filters import why_dropped
+from xverse.data.lock import hold
 from xverse.data.near import shingles
 from xverse.data.plan import Plan
 from xverse.data.publish import publish
@@ -38,7 +39,6 @@ SIGNED = 1 << 14  # shingles hashed at once: 15 MB for 112 hashes
 
 # What fails is raised, and told by us; datatrove's own lines are for those who call it.
 datatrove_logger.disable("datatrove")
-_held: dict[Path, IO[bytes]] = {}
 
 
 class Hold(PipelineStep):  # type: ignore[misc]  # datatrove has no types
@@ -55,14 +55,7 @@ class Hold(PipelineStep):  # type: ignore[misc]  # datatrove has no types
 
         Workers whose parent was killed finish what they do; till then, their files are theirs.
         """
-        if self.work not in _held:
-            _held[self.work] = lock(self.work, shared=True)
-
-
-def let_go(work: Path) -> None:
-    """Give this process's share of the lock back."""
-    if work in _held:
-        _held.pop(work).close()
+        hold(self.work)
 
 
 class Read(PipelineStep):  # type: ignore[misc]
@@ -281,17 +274,6 @@ def text_of(document: Document) -> str:
     """What exact deduplication compares."""
     text: str = document.text
     return text
-
-
-def lock(work: Path, *, shared: bool) -> IO[bytes]:
-    """The lock on the folder `work`, held until the file is closed or the process ends."""
-    file = (work / "lock").open("a+b")
-    if os.name == "posix":
-        import fcntl
-
-        # A record lock is not inherited: helpers that outlive a killed run don't keep it.
-        fcntl.lockf(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-    return file
 
 
 @contextmanager
