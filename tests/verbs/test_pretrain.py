@@ -13,7 +13,6 @@ from tests.text.tiny import write_tiny_tokenizer
 from xverse import cli
 from xverse.checkpoint.folder import verify_manifest
 from xverse.data.shard_writer import write_shards
-from xverse.data.shards import TOKENIZER
 from xverse.device import child_environment
 from xverse.text.tokenizer import Tokenizer
 from xverse.train.journal import last_steps, read_events
@@ -31,9 +30,8 @@ SENTENCES = (
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some sentences over and over, tokenized, with their tokenizer beside them."""
     folder = tmp_path_factory.mktemp("shards")
-    (folder / TOKENIZER).mkdir()
-    write_tiny_tokenizer(folder / TOKENIZER)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    write_tiny_tokenizer(folder)
+    tokenizer = Tokenizer.load(folder)
     documents = [
         (tokenizer.encode(text), "en" if text.isascii() else "zh", "web")
         for number in range(40)
@@ -57,7 +55,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 def write_shape(folder: Path, shards: Path, **changes: object) -> Path:
     config = {
         "model_type": "xverse",
-        "vocab_size": Tokenizer.load(shards / TOKENIZER).vocab_size,
+        "vocab_size": Tokenizer.load(shards).vocab_size,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,

@@ -55,7 +55,7 @@ def test_from_text_to_shards(
     assert run(prepared) == 0
     captured = capsys.readouterr()
     assert "40 documents read, 40 kept" in captured.out
-    assert f"next: xverse pretrain {tmp_path / 'shards'} --validation" in captured.err
+    assert f"next: xverse pretrain {tmp_path / 'shards'} --out DIR" in captured.err
     shards = Shards.open(tmp_path / "shards", verify=True)
     held_out = Shards.open(tmp_path / "shards" / "validation", verify=True)
     assert shards.documents + held_out.documents == 40

@@ -11,7 +11,7 @@ from typing import Any
 from xverse.data.mixture import Draw, draw, plan_draw
 from xverse.data.plan import STATISTICS, Plan, tokenizer_file
 from xverse.data.shard_writer import write_index, write_samples
-from xverse.data.shards import PARTS, TOKENIZER, VALIDATION, Group, Shard, Shards
+from xverse.data.shards import PARTS, VALIDATION, Group, Shard, Shards
 from xverse.errors import XverseError
 from xverse.files import read_json, write_json
 from xverse.text.tokenizer import Tokenizer

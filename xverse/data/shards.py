@@ -16,7 +16,7 @@ from xverse.files import read_json
 
 FORMAT = "xverse-shards-1"
 INDEX = "index.json"
-TOKENIZER, VALIDATION = "tokenizer", "validation"  # folders that `xverse prepare` adds
+VALIDATION = "validation"  # a folder inside: what `xverse prepare` held out
 SAMPLES = "samples"  # uint64: which stored document each one that is served is
 PARTS = ("tokens", "offsets", "groups")  # the files of one shard
 MAX_INDEX_BYTES = 1 << 30  # 1,000,000 shards

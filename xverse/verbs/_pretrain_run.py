@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
 from xverse.checkpoint.resolve import resolve
-from xverse.data.shards import TOKENIZER, VALIDATION, Shards
+from xverse.data.shards import VALIDATION, Shards
 from xverse.errors import XverseError
 from xverse.files import read_json
 from xverse.model.catalog import CATALOG, from_depth
@@ -120,11 +120,11 @@ def _held_out(config: Config, shards: Shards, ranks: Ranks) -> dict[str, Held]:
 def _tokenizer(config: Config, shards: Shards) -> Tokenizer:
     """The tokenizer that made the shards, by its sha256 where they tell it."""
     named = config.tokenizer or config.start
-    path = resolve(named) if named else shards.folder / TOKENIZER
-    if not named and not path.exists():
+    path = resolve(named) if named else shards.folder
+    if not named and not (path / "tokenizer.json").exists():
         raise XverseError(
             "Which tokenizer made the shards is not known.",
-            f"{path} is not there, and the model would have none.",
+            f"{path} has no tokenizer.json, and the model would have none.",
             "Name it with --tokenizer.",
         )
     tokenizer = open_tokenizer(path if path.is_dir() else path.parent)

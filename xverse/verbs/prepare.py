@@ -78,8 +78,7 @@ def run(config: Config) -> int:
         print(json.dumps({"folder": str(plan.out), "seconds": round(seconds, 1), **statistics}))
         return 0
     _print(plan, statistics, seconds)
-    held_out = plan.out / "validation"
-    print(f"next: xverse pretrain {plan.out} --validation {held_out} --out DIR", file=sys.stderr)
+    print(f"next: xverse pretrain {plan.out} --out DIR", file=sys.stderr)
     return 0
 
 
