@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch, native
 from xverse.kernels.attend import attend_offsets, attend_rows, attend_sequence
+from xverse.kernels.attend_cpu import store_attend
 from xverse.model.shape import ModelShape
 
 ROOM = 128  # tokens that the first slab has room for beyond the prompt
@@ -90,6 +91,10 @@ class Growing:
         self.capacity = 0
         self.held = [0] * sequences  # tokens each sequence holds
         self.new = [0] * sequences  # of which this many came with the latest `extend`
+        self.compiled = (
+            self.device.type == "cpu" and dtype in native.FLOATS and not native.why_not()
+        )
+        self.alone: tuple[Tensor, Tensor] | None = None  # of single tokens: slab and length of each
 
     def extend(self, counts: Sequence[int]) -> Tensor:
         """Make room for `counts` new tokens; returns their positions, [T] int64."""
@@ -99,6 +104,11 @@ class Growing:
         if max(self.held) > self.capacity:
             self._reserve(max(2 * self.capacity, max(self.held) + ROOM))
         self.new = list(counts)
+        self.alone = None
+        if self.compiled and max(counts) == 1:
+            rows = [row for row, count in enumerate(counts) if count]
+            lengths = [self.held[row] for row in rows]
+            self.alone = torch.tensor(rows)[:, None], torch.tensor(lengths)
         return torch.cat(
             [
                 torch.arange(start, start + count, device=self.device)
@@ -112,6 +122,9 @@ class Growing:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        if self.alone is not None and not q_THE.requires_grad:
+            # As serving computes it, to the bit: a slab is one long page.
+            return store_attend(q_THE, k_TKE, v_TKE, keys, values, *self.alone)
         mixed, start = [], 0
         for row, (held, count) in enumerate(zip(self.held, self.new, strict=True)):
             if not count:
