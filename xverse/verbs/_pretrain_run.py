@@ -110,24 +110,34 @@ class Pretraining:
 
 
 def _tokenizer(config: Config, shards: Shards) -> Tokenizer:
-    """The tokenizer that made the shards, by its sha256 where they tell it."""
-    named = config.tokenizer or config.start
-    path = resolve(named) if named else shards.folder
-    file = path if path.is_file() else path / "tokenizer.json"
-    if not named and not file.exists():
+    """The tokenizer that made the shards: the one that is named, or beside them, by its sha256; or
+    that of the model to start from, which may be the same one written anew, by its size."""
+    beside = shards.folder / "tokenizer.json"
+    if config.tokenizer or beside.exists():
+        path = resolve(config.tokenizer) if config.tokenizer else beside
+        file = path if path.is_file() else path / "tokenizer.json"
+        told = shards.tokenizer_sha256
+        if told and file.exists() and file_sha256(file) != told:
+            raise XverseError(
+                f"{file} is not the tokenizer that made the shards.",
+                f"Their index.json names one with the sha256 {told[:16]}...",
+                "Name that one with --tokenizer, or prepare the data again with this one.",
+            )
+        return open_tokenizer(path.parent if path.is_file() else path)
+    if not config.start:
         raise XverseError(
             "Which tokenizer made the shards is not known.",
             f"{shards.folder} has no tokenizer.json, and the model would have none.",
             "Name it with --tokenizer.",
         )
-    told = shards.tokenizer_sha256
-    if told and file.exists() and file_sha256(file) != told:
+    own = open_tokenizer(resolve(config.start))
+    if own.vocab_size != shards.vocab_size:
         raise XverseError(
-            f"{file} is not the tokenizer that made the shards.",
-            f"Their index.json names one with the sha256 {told[:16]}...",
-            "Name that one with --tokenizer, or prepare the data again with this one.",
+            f"The shards were not made with the tokenizer of {config.start}.",
+            f"It has {own.vocab_size:,} ids, and they have {shards.vocab_size:,}.",
+            "Prepare the data with the model's tokenizer.",
         )
-    return open_tokenizer(path if path.is_dir() else path.parent)
+    return own
 
 
 def _record(folder: Path, config: Config, shape: ModelShape) -> None:
