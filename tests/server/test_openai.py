@@ -67,7 +67,7 @@ def test_503_is_tried_again_until_the_engine_is_back(folder: Path) -> None:
         server.running.metrics.rejected = back  # type: ignore[method-assign]
         supervisor.state = "restarting"
         assert answer_of(client_of(server, max_retries=2))
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
         assert 'reason="not_ready"} 1.0' in text
 
 
@@ -85,7 +85,7 @@ def test_429_is_tried_again_until_there_is_room(folder: Path) -> None:
         until(lambda: queue.used == 3)
         assert answer_of(client)
         first.join()
-        assert 'reason="overloaded"}' in httpx.get(f"{server.url}/metrics").text
+        assert 'reason="overloaded"}' in httpx.get(f"{server.url}/metrics", timeout=60).text
 
 
 def test_a_client_whose_patience_ends_takes_its_request_along(folder: Path) -> None:

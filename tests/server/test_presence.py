@@ -32,7 +32,7 @@ def test_a_client_that_goes_takes_its_request_along(folder: Path, stream: bool) 
         asked = {**CHAT, "stream": stream, "n": 2, "max_tokens": 200}
         url = f"{server.url}/v1/chat/completions"
         if stream:
-            with httpx.stream("POST", url, json=asked) as answer:
+            with httpx.stream("POST", url, json=asked, timeout=60) as answer:
                 next(answer.iter_lines())
                 assert engine.busy
         else:
@@ -42,7 +42,7 @@ def test_a_client_that_goes_takes_its_request_along(folder: Path, stream: bool) 
         assert not engine.busy
         until(lambda: server.running.traffic.active == 0)
         assert server.running.service.queue.used == 0
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
         assert 'request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in text
 
 
@@ -80,7 +80,9 @@ def test_when_the_engine_ends_every_reader_hears_of_it(folder: Path) -> None:
 
         waiting = threading.Thread(target=ask)
         waiting.start()
-        with httpx.stream("POST", url, json={**CHAT, "stream": True, "max_tokens": 200}) as answer:
+        with httpx.stream(
+            "POST", url, json={**CHAT, "stream": True, "max_tokens": 200}, timeout=60
+        ) as answer:
             lines = answer.iter_lines()
             next(lines)
             until(lambda: len(engine.answers) == 2)
@@ -89,9 +91,9 @@ def test_when_the_engine_ends_every_reader_hears_of_it(folder: Path) -> None:
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_restarted"
         waiting.join()
         assert statuses == [(503, "engine_restarted")]
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.get(f"{server.url}/ready").status_code == 503
-        refused = httpx.post(url, json=CHAT)
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+        assert httpx.get(f"{server.url}/ready", timeout=60).status_code == 503
+        refused = httpx.post(url, json=CHAT, timeout=60)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "not_ready"
         assert int(refused.headers["retry-after"]) >= 1
@@ -117,7 +119,7 @@ def test_silence_is_filled_with_comments(folder: Path, monkeypatch: pytest.Monke
     engine = Scripted(lambda _: [75, 104, 3], slow_s=0.35)
     with inside(folder, engine) as server:
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json={**CHAT, "stream": True}) as answer:
+        with httpx.stream("POST", url, json={**CHAT, "stream": True}, timeout=60) as answer:
             lines = list(answer.iter_lines())
     assert lines.count(": keep-alive") >= 3
     assert lines[-2] == "data: [DONE]"
@@ -157,8 +159,8 @@ def test_what_the_engine_refuses_has_its_own_status(folder: Path) -> None:
     with inside(folder, Scripted(refuse)) as server:
         for stream in (False, True):
             url = f"{server.url}/v1/chat/completions"
-            answer = httpx.post(url, json={**CHAT, "stream": stream})
+            answer = httpx.post(url, json={**CHAT, "stream": stream}, timeout=60)
             assert answer.status_code == 400
             assert "It does not fit." in answer.json()["error"]["message"]
         asked = {"model": "tiny", "input": "Hello", "stream": True}
-        assert httpx.post(f"{server.url}/v1/responses", json=asked).status_code == 400
+        assert httpx.post(f"{server.url}/v1/responses", json=asked, timeout=60).status_code == 400

@@ -49,7 +49,7 @@ def error(answer: bytes, status: int) -> dict[str, str]:
 )
 def test_what_is_no_http_is_refused_in_our_form(server: Inside, request_bytes: bytes) -> None:
     assert error(sent(server, request_bytes), 400)["code"] == "invalid_http"
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
 
 
 def test_headers_that_never_end(server: Inside, monkeypatch: pytest.MonkeyPatch) -> None:

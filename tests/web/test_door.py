@@ -28,23 +28,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
 
 def enter(site: Inside, key: str, **headers: str) -> httpx.Response:
     """What a browser does with the form."""
-    return httpx.post(f"{site.url}/web/key", data={"key": key}, headers={**BROWSER, **headers})
+    return httpx.post(
+        f"{site.url}/web/key", data={"key": key}, headers={**BROWSER, **headers}, timeout=60
+    )
 
 
 @pytest.mark.parametrize("path", ["/web", "/web/", "/web/en/", "/web/en/config", "/web/zh/x.js"])
 def test_nothing_of_the_pages_is_shown_without_a_key(site: Inside, path: str) -> None:
-    shown = httpx.get(site.url + path, headers=BROWSER)
+    shown = httpx.get(site.url + path, headers=BROWSER, timeout=60)
     assert shown.status_code == 401
     assert 'type="password"' in shown.text
     assert "default-src 'none'" in shown.headers["content-security-policy"]
     assert shown.headers["x-request-id"]
-    asked = httpx.get(site.url + path)  # a program gets the usual error
+    asked = httpx.get(site.url + path, timeout=60)  # a program gets the usual error
     assert asked.status_code == 401
     assert asked.json()["error"]["code"] == "invalid_api_key"
 
 
 def test_the_form_speaks_the_visitors_language(site: Inside) -> None:
-    shown = httpx.get(f"{site.url}/web/", headers={**BROWSER, "accept-language": "ja"})
+    shown = httpx.get(f"{site.url}/web/", headers={**BROWSER, "accept-language": "ja"}, timeout=60)
     assert "API キー" in shown.text
     assert 'lang="ja"' in shown.text
 
@@ -59,7 +61,9 @@ def test_the_right_key_opens_and_stays_in_the_browser(site: Inside, key: str) ->
     assert "samesite=strict" in told
     assert "path=/web" in told
     assert not {"expires", "max-age", "domain", "secure"} & set(told.replace("=", "; ").split("; "))
-    with httpx.Client(base_url=site.url, headers=BROWSER, follow_redirects=True) as browser:
+    with httpx.Client(
+        base_url=site.url, headers=BROWSER, follow_redirects=True, timeout=60
+    ) as browser:
         browser.cookies.set(COOKIE, entered.cookies[COOKIE], path="/web")
         page = browser.get("/web/")
         assert page.status_code == 200
@@ -89,7 +93,7 @@ def test_a_wrong_key_gets_the_form_again(site: Inside, key: str) -> None:
 @pytest.mark.parametrize("value", ["", "!", "a", "/w==", "x" * 4000, "4pyT"])
 def test_a_broken_cookie_opens_nothing(site: Inside, value: str) -> None:
     headers = {**BROWSER, "cookie": f"{COOKIE}={value}"}
-    assert httpx.get(f"{site.url}/web/en/", headers=headers).status_code == 401
+    assert httpx.get(f"{site.url}/web/en/", headers=headers, timeout=60).status_code == 401
 
 
 def test_a_form_of_another_site_is_not_taken(site: Inside) -> None:
@@ -106,7 +110,7 @@ def test_every_route_of_the_app_asks_for_the_key(site: Inside) -> None:
     """All that the app really has, the pages' own and what they bring along too."""
     found = dict.fromkeys(paths(site.app.routes))
     assert {"/v1/chat/completions", "/web/key", "/web/en/config", "/metrics"} <= set(found)
-    with httpx.Client(base_url=site.url) as client:
+    with httpx.Client(base_url=site.url, timeout=60) as client:
         for path in found:
             for method in ("GET", "POST"):
                 answer = client.request(method, path.replace(":path", ""))
@@ -150,7 +154,7 @@ def test_without_keys_there_is_no_form(tmp_path: Path) -> None:
     write_published_folder(folder)
     mount = serve._pages(model_options(folder))
     with inside(folder, Scripted(lambda _: [75, 3]), mount=mount) as site:
-        assert httpx.get(f"{site.url}/web/en/", headers=BROWSER).status_code == 200
+        assert httpx.get(f"{site.url}/web/en/", headers=BROWSER, timeout=60).status_code == 200
         assert enter(site, "anything").status_code in (404, 405)
 
 
