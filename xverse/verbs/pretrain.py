@@ -35,7 +35,7 @@ class Config(Training):
     ntk_factor: float | None = None
     """Dynamic NTK scaling by this factor, for longer contexts."""
     tokenizer: str = ""
-    """The model folder or tokenizer.json that made the shards; else the one in them, or of `start`."""
+    """The folder or tokenizer.json that made the shards; else the one in them, or of `start`."""
     validation: str = ""
     """Shards that are evaluated on, one language after another, and never learned from."""
     device: str = "auto"
