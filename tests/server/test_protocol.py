@@ -12,7 +12,7 @@ from tests.server.inside import Inside, Scripted, inside
 HEAD = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
-def sent(server: Inside, *parts: bytes, seconds: float = 20) -> bytes:
+def sent(server: Inside, *parts: bytes, seconds: float = 120) -> bytes:
     """All that the server says to these bytes until it hangs up; empty where it says nothing."""
     port = int(server.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as line:
