@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -253,11 +252,11 @@ def watch(folder: Path, act: Callable[[int], None]) -> None:
 
     real = os.fsync
 
-    def fsync(handle: Any) -> None:
+    def fsync(handle: int) -> None:
         on_event()
         real(handle)
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
     sys.addaudithook(hook)
 
 

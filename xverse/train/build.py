@@ -99,7 +99,8 @@ def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -
     that is made for one number is made anew for the next, and after eight of them not at all.
     """
     for block in decoder.model.layers:
-        block.self_attn.layer = 0
+        attention: Any = block.self_attn
+        attention.layer = 0
         block.compile(backend=backend)
     return decoder
 
