@@ -115,7 +115,7 @@ def inside(
     """Serve the model of the folder, or a Scripted engine with its tokenizer."""
     running = Running(model_options(folder, **more))
     journal = io.StringIO()
-    running.journal = Journal(journal)
+    running.journal = Journal(journal, prompts=running.journal.prompts)
     ready_engine = engine or LLM(folder, dtype="float32").engine
     ours, theirs = socket.socketpair()
     inbox = Inbox(theirs)

@@ -214,6 +214,23 @@ def test_the_log_has_no_prompts_and_no_line_of_anybody_elses(
     assert "secret" not in server.journal.getvalue()
 
 
+def test_prompts_are_logged_where_one_asks_for_it(folder: Path) -> None:
+    """Answers are not, nor what was refused; and a prompt cannot begin a line."""
+    said = 'a-word\r\n{"event": "forged"}\x1b[31m'
+    with inside(folder, Scripted(lambda _: [75, 3]), log_prompts=True) as server:
+        for name, route in (("1", server.guide_url), ("2", f"{server.url}/tokenize")):
+            body = {"prompt": said}
+            httpx.post(route, json=body, headers={"x-request-id": name}, timeout=60)
+            assert server.logged(name)["asked"] == body
+        wrong = {"prompt": said, "nothing_like_it": 1}
+        refused = {"x-request-id": "refused"}
+        httpx.post(f"{server.url}/tokenize", json=wrong, headers=refused, timeout=60)
+        assert "asked" not in server.logged("refused")
+        lines = server.journal.getvalue().splitlines()
+        assert {json.loads(line)["event"] for line in lines} == {"request"}
+        assert "\x1b" not in server.journal.getvalue()
+
+
 # --- The published service
 
 
@@ -311,6 +328,7 @@ def test_loopback_needs_none(host: str) -> None:
         {"guide_port": 8000},
         {"max_queue": -1},
         {"max_choices": 129},
+        {"log_prompts": True, "log_requests": False},
         {"drain_s": float("nan")},
         {"keys": ("short",)},
         {"keys": ("with a\nline end",)},

@@ -57,7 +57,8 @@ def _add(app: FastAPI, route: Route, service: Service, traffic: Traffic, max_cho
         if route.asked is None:
             return await route.answer(context)
         context.admit()
-        return await route.answer(context, await body.read(request, route.asked))
+        request.state.asked = asked = await body.read(request, route.asked)
+        return await route.answer(context, asked)
 
     replies: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorReply, "description": "Refused."} for status in _errors(route)

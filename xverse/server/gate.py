@@ -127,6 +127,9 @@ class Gate:
         if code := facts.get("error"):
             self.metrics.rejected(code)
         self.metrics.http(route, status)
+        if self.journal.prompts and (asked := state.get("asked")) is not None:
+            told = asked.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            facts = {**facts, "asked": told}
         tenant = state.get("tenant")
         self.journal.write(
             "request",

@@ -32,6 +32,7 @@ class ServeOptions:
     max_choices: int = 16
     drain_s: float = 30.0
     log_requests: bool = True
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("port", "guide_port"):
@@ -42,6 +43,12 @@ class ServeOptions:
                     "Ports go from 1 to 65535; 0 lets the system choose.",
                     "Give such a number.",
                 )
+        if self.log_prompts and not self.log_requests:
+            raise XverseError(
+                "Prompts cannot be logged where requests are not.",
+                "They stand in the lines of the requests.",
+                "Leave one of --log-prompts and --no-log-requests out.",
+            )
         if self.port == self.guide_port and self.port:
             raise XverseError(
                 f"Two services cannot both listen on port {self.port}.",

@@ -65,7 +65,8 @@ class Running:
         path = resolve(options.start.model)  # from now on nothing is looked up elsewhere
         self.options = options
         self.metrics = Metrics(options.name)
-        self.journal = Journal.on_stderr() if options.log_requests else Journal(None)
+        prompts = options.log_prompts
+        self.journal = Journal.on_stderr(prompts=prompts) if options.log_requests else Journal(None)
         self.traffic = Traffic()
         self.keys = Keys(options.keys, options.shares)
         queue = FairQueue(max_requests=options.max_queue, max_tokens=options.max_queue_tokens)

@@ -71,7 +71,9 @@ class Config(ModelOptions):
     web: bool = False
     """Also serve the web pages, at /web; visitors are asked for a key where there are keys."""
     log_requests: bool = True
-    """Write one JSON line a request to standard error; prompts are never in it."""
+    """Write one JSON line a request to standard error."""
+    log_prompts: bool = False
+    """Write into that line what the request asked, its prompt and all."""
 
     def options(self) -> "ServeOptions":
         """As the server takes them."""
@@ -107,6 +109,7 @@ class Config(ModelOptions):
             max_choices=self.max_choices,
             drain_s=self.drain_seconds,
             log_requests=self.log_requests,
+            log_prompts=self.log_prompts,
         )
 
 
