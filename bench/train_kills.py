@@ -77,8 +77,8 @@ def train(folder: Path, training: Training = TRAINING, objective: object = pretr
         (folder / LISTENS).touch()
         run = tiny_run(folder, training, objective=objective, validation=True)  # type: ignore[arg-type]
         outcome = run.run(stop)
-    run.journal.close()
-    torch.save(run.optimizer.tensors(), folder / "weights.pt")
+        run.journal.close()
+        torch.save(run.optimizer.tensors(), folder / "weights.pt")
     return STOPPED if outcome == "stopped" else 0
 
 
