@@ -78,8 +78,8 @@ def train(folder: Path, training: Training = TRAINING, objective: object = pretr
         (folder / LISTENS).touch()
         run = tiny_run(folder, training, objective=objective, validation=True)  # type: ignore[arg-type]
         outcome = run.run(stop)
-    run.journal.close()
-    torch.save(run.optimizer.tensors(), folder / "weights.pt")
+        run.journal.close()
+        torch.save(run.optimizer.tensors(), folder / "weights.pt")
     return STOPPED if outcome == "stopped" else 0
 
 
@@ -88,6 +88,16 @@ class Child:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it is over by then; `wait` still gives its exit code."""
+        end = time.monotonic() + seconds
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self.pid, look) is None:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.002)
+        return True
 
     def wait(self) -> int:
         """Its exit code; of one that was killed, minus the signal."""
@@ -134,11 +144,14 @@ def kills(
         folder = home / f"killed-{runs}"
         left = min(5, wanted - done)
         while left:
+            began = time.monotonic()
             victim = child(train, folder)
-            time.sleep(random.uniform(0, seconds))
-            victim.signal(signal.SIGKILL)
+            if not victim.ends_within(random.uniform(0, seconds)):
+                victim.signal(signal.SIGKILL)
             if victim.wait() != -signal.SIGKILL:
-                break  # it was faster
+                # It was faster, on a machine that has less to do by now.
+                seconds = min(seconds, time.monotonic() - began + 0.1)
+                break
             during_save += any((folder / "checkpoints").glob(".step-*"))
             done, left = done + 1, left - 1
         assert child(train, folder).wait() == 0
@@ -164,8 +177,11 @@ def terms(
         victim = child(train, folder)
         while not (folder / LISTENS).exists():  # the verb listens before it does anything else
             time.sleep(0.001)
-        time.sleep(random.uniform(0, seconds))
-        victim.signal(signal.SIGTERM)
+        began = time.monotonic()
+        if victim.ends_within(random.uniform(0, seconds)):
+            seconds = min(seconds, time.monotonic() - began + 0.1)
+        else:
+            victim.signal(signal.SIGTERM)
         code = victim.wait()
         if code == STOPPED:
             done += 1
