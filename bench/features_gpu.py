@@ -18,8 +18,9 @@ from tests.tiny_model import write_published_folder
 from xverse import LLM, Grammar, Sampling
 from xverse.engine.agree import judge
 from xverse.engine.device_runner import DeviceRunner
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.measure import measure_throughput
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request
 from xverse.model.fresh import random_decoder
 from xverse.model.fuse import fuse

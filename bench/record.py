@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def record(name: str, figures: dict[str, object], packages: tuple[str, ...]) -> Path:
     """Write `figures` to bench/results/<name>.json, with command, commit, machine and date."""
     facts = {
-        "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join(
+            ["python -m", f"bench.{Path(sys.argv[0]).stem}", *map(_word, sys.argv[1:])]
+        ),
         # A machine without the repository's history is told the commit.
         "commit": os.environ.get("XVERSE_COMMIT") or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -47,3 +49,8 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _word(argument: str) -> str:
+    """An argument; of a file, only its name: where it lies on one machine tells nobody anything."""
+    return Path(argument).name if Path(argument).is_absolute() else argument

@@ -23,9 +23,10 @@ import torch
 
 from bench.record import record
 from xverse.engine.agree import Agreement, judge
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.footprint import bytes_per_token, copy_bandwidth, footprint
 from xverse.engine.measure import Measured, measure_throughput, percentile, warm
+from xverse.engine.options import EngineOptions
 from xverse.engine.simple import decode
 from xverse.engine.workload import Range, apart, make_requests
 from xverse.model.catalog import CATALOG

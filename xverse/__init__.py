@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from xverse.engine.llm import LLM
     from xverse.engine.request import Piece, Sampling
     from xverse.errors import XverseError
+    from xverse.evals.evaluate import evaluate
     from xverse.model.decoder import Decoder
     from xverse.model.shape import ModelShape
     from xverse.quant.quantize import quantize
@@ -32,6 +33,7 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "XverseError",
+    "evaluate",
     "load",
     "pull",
     "quantize",
@@ -46,6 +48,7 @@ _HOMES = {
     "Sampling": "xverse.engine.request",
     "Tokenizer": "xverse.text.tokenizer",
     "XverseError": "xverse.errors",
+    "evaluate": "xverse.evals.evaluate",
     "load": "xverse.checkpoint.load",
     "pull": "xverse.checkpoint.hub",
     "quantize": "xverse.quant.quantize",

@@ -5,7 +5,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from xverse.errors import XverseError
 
@@ -64,15 +64,34 @@ def read_toml(file: Path, config_class: type[Any]) -> Mapping[str, object]:
             str(error),
             "Give a TOML file, one `option = value` a line.",
         ) from error
+    return _fields(file, table, config_class)
+
+
+def _fields(
+    file: Path, table: Mapping[str, object], config_class: type[Any], within: str = ""
+) -> Mapping[str, object]:
+    """The values of a table; one that a dataclass stands for becomes an instance of it."""
+    types = get_type_hints(config_class)
     known = [field.name for field in dataclasses.fields(config_class)]
-    for key in table:
+    values: dict[str, object] = {}
+    for key, value in table.items():
         if key not in known:
             raise XverseError(
-                f"{file}: there is no option {key!r}.{nearest(key, known)}",
+                f"{file}: there is no option {within + key!r}.{nearest(key, known)}",
                 f"Known are: {', '.join(known)}.",
                 "Correct or remove that line.",
             )
-    return table
+        kind = types[key]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            if not isinstance(value, Mapping):
+                raise XverseError(
+                    f"{file}: {within + key!r} is a table of options, not {value!r:.60}.",
+                    f"It holds: {', '.join(field.name for field in dataclasses.fields(kind))}.",
+                    f"Write a line [{within + key}], and its options below it.",
+                )
+            value = kind(**_fields(file, value, kind, f"{within}{key}."))
+        values[key] = value
+    return values
 
 
 def _take_config_flag(args: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -23,6 +23,11 @@ def env_flag(name: str) -> bool:
     return env(name).strip().lower() in {"1", "true", "yes", "on"}
 
 
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def child_environment() -> dict[str, str]:
     """Ours, for a process of this package: it finds the package where this one did."""
     home = str(Path(__file__).resolve().parents[1])

@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -38,3 +39,17 @@ def progress(items: Iterable[Item], *, total: int | None, label: str) -> Iterato
     yield from track(
         items, description=label, total=total, console=Console(stderr=True), transient=True
     )
+
+
+@contextmanager
+def counter(total: int | None, label: str) -> Iterator[Callable[[], None]]:
+    """A progress bar for work that is no iteration: call what you get once for each thing done."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

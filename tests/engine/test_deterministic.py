@@ -9,7 +9,8 @@ import torch
 from tests.engine.tiny import CONFIG, VOCAB
 from tests.tiny_model import write_published_folder
 from xverse import LLM
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Sampling, Scores, Token
 from xverse.engine.scheduler import Generation, Scheduler
 from xverse.errors import XverseError

@@ -12,7 +12,8 @@ import torch
 from tests.engine.tiny import VOCAB, greedy, plain_answer, tiny_decoder
 from xverse.engine.captured import padded
 from xverse.engine.device_runner import DeviceRunner
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.runner import PlainRunner
 from xverse.engine.simple import decode

@@ -17,7 +17,8 @@ from tests.engine.tiny import (
     repeating_decoder,
     tiny_decoder,
 )
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.simple import decode
 from xverse.errors import XverseError

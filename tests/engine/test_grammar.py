@@ -13,8 +13,9 @@ from tests.engine.grammar_walk import END, TOKENS, allowed, compiler, start, wal
 from tests.engine.tiny import greedy
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Grammar, Sampling, XverseError
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.grammar_state import Threads
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Token
 
 NUMBERS = Grammar.regex(r"[0-9]{2,4}(-[a-f]{1,3}){0,2};")

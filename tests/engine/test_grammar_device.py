@@ -14,9 +14,10 @@ from tests.engine.tiny import greedy
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Grammar, XverseError
 from xverse.engine.device_runner import DeviceRunner
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.grammar_compile import Grammars
 from xverse.engine.grammar_state import GrammarState
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Token
 from xverse.model.fuse import fuse
 

@@ -18,11 +18,12 @@ from tests.engine.tiny import greedy
 from tests.text.tiny import write_tiny_tokenizer
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine import grammar_compile, grammar_state
-from xverse.engine.engine import Engine, EngineOptions, Output
+from xverse.engine.engine import Engine, Output
 from xverse.engine.grammar import Grammar, Kind
 from xverse.engine.grammar_compile import Ask, Grammars
 from xverse.engine.grammar_process import Vocabulary
 from xverse.engine.grammar_state import Compiled, Threads
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Token
 from xverse.errors import XverseError
 from xverse.text.tokenizer import Tokenizer

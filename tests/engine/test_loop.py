@@ -7,8 +7,9 @@ import pytest
 
 from tests.engine.test_engine import prompts
 from tests.engine.tiny import greedy, plain_answer, tiny_decoder
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.loop import Loop
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request
 from xverse.errors import XverseError
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.engine.tiny import CONFIG, VOCAB, greedy, plain_answer, tiny_decoder
 from xverse.engine.agree import compare, judge
-from xverse.engine.engine import Engine, EngineOptions, Output
+from xverse.engine.engine import Engine, Output
 from xverse.engine.footprint import bytes_per_token, copy_bandwidth, footprint, weight_bytes
 from xverse.engine.measure import (
     Timed,
@@ -17,6 +17,7 @@ from xverse.engine.measure import (
     percentile,
     warm,
 )
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Token
 from xverse.engine.workload import LARGEST_ID, apart, make_requests
 from xverse.errors import XverseError

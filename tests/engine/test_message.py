@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from xverse.engine.engine import EngineOptions
 from xverse.engine.message import Line, decode_request, digest, encode_request
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.worker import Job, follow
 from xverse.errors import XverseError

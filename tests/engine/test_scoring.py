@@ -11,7 +11,8 @@ from tests.engine.tiny import VOCAB, greedy, tiny_decoder
 from tests.model.test_decoder import FAMILIES, pair
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Scores, Token
 from xverse.engine.simple import decode
 from xverse.model.cache import Packed
@@ -168,3 +169,43 @@ def test_an_abandoned_stream_gives_its_pages_back(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     assert not llm.engine.busy
     assert llm.engine.pages.available == llm.engine.pages.count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_are_read_from_one_pass_however_prompts_are_cut(seed: int) -> None:
+    chance = random.Random(seed)
+    it = engine(kv_tokens=120, page_size=4, max_running=3, step_tokens=3 + chance.randint(0, 20))
+    stem = tuple(chance.randrange(VOCAB) for _ in range(17))
+    asked: dict[int, Request] = {}
+    for _ in range(70):
+        ids = stem[: chance.randint(2, 17)] + prompts(1, seed=chance.randrange(99))[0]
+        labels = tuple(chance.randrange(VOCAB) for _ in range(chance.randint(1, 5)))
+        request = Request(ids, None, labels=labels)
+        asked[it.add(request)] = request
+    found: dict[int, Scores] = {}
+    while it.busy:
+        for output in it.step():
+            assert isinstance(output, Scores)
+            found[output.request] = output
+        it.scheduler.check()
+    for number, request in asked.items():
+        expected = [float(exact(request.ids)[-1, label]) for label in request.labels]
+        assert list(found[number].labels) == pytest.approx(expected, abs=1e-3)
+        assert found[number].last
+        assert found[number].logprobs == ()
+
+
+def test_best_ids_beside_scores_tell_what_is_greedy() -> None:
+    it = engine(page_size=4)
+    ids = prompts(1, seed=3, most=9)[0] + (5, 9, 7)
+    number = it.add(Request(ids, None, score_from=len(ids) - 2, score_best=1))
+    (scores,) = (output for _ in range(9) for output in it.step())
+    assert isinstance(scores, Scores)
+    assert scores.request == number
+    best = exact(ids)[-3:-1].argmax(-1).tolist()
+    assert [top[0][0] for top in scores.tops] == best
+
+
+def test_labels_that_are_no_ids_are_refused() -> None:
+    with pytest.raises(XverseError, match="does not know"):
+        engine().add(Request((1, 2), None, labels=(VOCAB,)))

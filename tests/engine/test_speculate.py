@@ -14,7 +14,8 @@ from tests.engine.tiny import VOCAB, greedy, repeating_decoder
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Sampling, XverseError
 from xverse.engine.device_runner import DeviceRunner
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Scores, Token
 from xverse.engine.runner import Flight, PlainRunner
 from xverse.engine.scheduler import Chunk

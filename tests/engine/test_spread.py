@@ -13,7 +13,7 @@ import torch
 from tests.tiny_model import write_published_folder
 from xverse import LLM, Grammar, Sampling, XverseError
 from xverse.checkpoint.load import load
-from xverse.engine.engine import EngineOptions
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.engine.worker import Job, keep

@@ -34,6 +34,7 @@ def test_front_door() -> None:
         "Sampling",
         "Tokenizer",
         "XverseError",
+        "evaluate",
         "load",
         "pull",
         "quantize",
@@ -46,7 +47,23 @@ def test_front_door() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "benchmark", "chat", "doctor", "export", "generate", "pull", "serve", "show", "web"],
+    [
+        "",
+        "benchmark",
+        "chat",
+        "doctor",
+        "evaluate",
+        "export",
+        "generate",
+        "prepare",
+        "pretrain",
+        "pull",
+        "quantize",
+        "serve",
+        "show",
+        "tokenizer",
+        "web",
+    ],
 )
 def test_help_needs_no_torch(verb: str) -> None:
     code = (

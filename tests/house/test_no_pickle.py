@@ -24,7 +24,9 @@ CALLS = {
 }
 ARGUMENTS = {("weights_only", False), ("allow_pickle", True), ("shell", True)}
 # `__init__` and `cli` load rooms and verbs of this package by names that stand in their own tables.
-IMPORT_BY_NAME = {"__init__.py", "cli.py"}
+IMPORT_BY_NAME = {"__init__.py", "cli.py", "evals/tasks/__init__.py"}
+# What a model wrote is run to be judged, by a process that can do nothing else.
+SANDBOX = {"evals/sandbox_child.py": {"compile", "exec"}}
 
 
 def findings(source: str, file: str) -> Iterator[str]:
@@ -63,7 +65,7 @@ def _forbidden_module(modules: Iterable[str]) -> str:
 def _forbidden_call(call: ast.Call, names: dict[str, str], file: str) -> str:
     head, _, rest = ast.unparse(call.func).partition(".")
     name = ".".join(filter(None, [names.get(head, head), rest])).removeprefix("builtins.")
-    if name in CALLS:
+    if name in CALLS and name not in SANDBOX.get(file, ()):
         return f"call of {name}"
     for keyword in call.keywords:
         value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None

@@ -5,7 +5,18 @@ import importlib.util
 import pytest
 import torch
 
-from xverse.kernels import dispatch, reference, reference_experts, reference_sample
+from xverse.kernels import (
+    attend,
+    attend_cpu,
+    dispatch,
+    native,
+    packed,
+    reference,
+    reference_experts,
+    reference_packed,
+    reference_sample,
+    reference_train,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,6 +32,9 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.swiglu_joined,
         *2 * plain,
         reference.attend,
+        *2 * [attend.attend_documents],
+        reference_train.score_logits,
+        reference_train.adamw,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,
@@ -30,8 +44,12 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference_experts.mix_experts,
         reference.add_parts,
         reference.gather_columns,
+        *calls[-2:],
     ]
-    assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16))
+    compiled = [packed.PackedWeights.multiply, attend_cpu.store_attend]
+    plain = [reference_packed.multiply_packed, reference.attend_pages]
+    assert calls[-2:] == (plain if native.why_not() else compiled)
+    assert all("this is cpu" in str(choice) for choice in dispatch.table(CPU, torch.bfloat16)[:-2])
 
 
 def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:

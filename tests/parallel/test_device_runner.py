@@ -10,7 +10,8 @@ from tests.engine.tiny import greedy
 from tests.parallel.ranks import ThreadMesh, on_ranks
 from tests.parallel.test_tensor import BIASED, decoder_of
 from xverse.engine.device_runner import DeviceRunner
-from xverse.engine.engine import Engine, EngineOptions, Output
+from xverse.engine.engine import Engine, Output
+from xverse.engine.options import EngineOptions
 from xverse.engine.request import Request, Sampling, Scores, Token
 from xverse.engine.simple import decode
 from xverse.engine.step import unfit

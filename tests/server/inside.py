@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastapi import FastAPI
+
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
 from xverse.engine.llm import LLM
 from xverse.engine.request import Request, Token
@@ -22,7 +24,7 @@ from xverse.server.link import Link
 from xverse.server.messages import Inbox, Load, Ready, Start
 from xverse.server.options import ServeOptions
 from xverse.server.routes import GUIDE_ROUTES
-from xverse.server.run import Running, listen, url_of
+from xverse.server.run import Mount, Running, listen, url_of
 from xverse.server.supervisor import Supervisor
 
 
@@ -82,6 +84,7 @@ class Inside:
     journal: io.StringIO
     loop: asyncio.AbstractEventLoop
     engine: object = None
+    app: FastAPI = None  # type: ignore[assignment]
     done: threading.Event = field(default_factory=threading.Event)
 
     def logged(self, name: str) -> dict[str, object]:
@@ -106,7 +109,9 @@ def model_options(folder: Path, **more: object) -> ServeOptions:
 
 
 @contextmanager
-def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Inside]:
+def inside(
+    folder: Path, engine: object = None, mount: Mount | None = None, **more: object
+) -> Iterator[Inside]:
     """Serve the model of the folder, or a Scripted engine with its tokenizer."""
     running = Running(model_options(folder, **more))
     journal = io.StringIO()
@@ -115,7 +120,8 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
     ours, theirs = socket.socketpair()
     inbox = Inbox(theirs)
     context = running.service.context
-    told = Ready(context, 16 * context, ready_engine.max_running, running.service.vocab_size, "cpu")
+    known = running.service.vocab_size
+    told = Ready(context, 16 * context, ready_engine.max_running, known, "cpu", shared_page=16)
     server = Server(ready_engine, theirs, inbox)  # type: ignore[arg-type]
 
     def compute() -> None:
@@ -142,7 +148,8 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
         app = build_app(running.service, running.traffic, max_choices=running.options.max_choices)
         guide = build_app(running.service, running.traffic, routes=GUIDE_ROUTES)
         ears = [listen("127.0.0.1", 0), listen("127.0.0.1", 0)]
-        servers = [running._server(app), running._server(guide)]
+        before = mount(app, url_of(ears[0]), running.service.checkpoint) if mount else None
+        servers = [running._server(app, before), running._server(guide)]
         heard = [
             asyncio.ensure_future(one.serve([ear])) for one, ear in zip(servers, ears, strict=True)
         ]
@@ -154,6 +161,7 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
                 journal,
                 asyncio.get_running_loop(),
                 ready_engine,
+                app,
             )
         )
         made[0].engine_socket = theirs
@@ -172,7 +180,7 @@ def inside(folder: Path, engine: object = None, **more: object) -> Iterator[Insi
     ]
     for thread in threads:
         thread.start()
-    assert begun.wait(60), "the server did not begin"
+    assert begun.wait(240), "the server did not begin"
     try:
         yield made[0]
     finally:

@@ -1,5 +1,6 @@
 """Chat completions through the openai package: equal to LLM, streams join, limits are named."""
 
+import shutil
 from pathlib import Path
 
 import httpx
@@ -7,8 +8,11 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.inside import Inside
+from tests.server.inside import Inside, inside
 from xverse import LLM, Sampling
+from xverse.checkpoint.load import open_checkpoint
+from xverse.server.fingerprint import fingerprint
+from xverse.server.messages import Start
 
 HELLO = [{"role": "user", "content": "Hello"}]
 GREEDY = {
@@ -217,3 +221,67 @@ def test_what_is_out_of_bounds_is_refused(http: httpx.Client, more: dict[str, ob
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_usage_tells_what_was_found_in_shared_pages(folder: Path) -> None:
+    """A page has 16 tokens; of the prompt the last token is always computed."""
+    engine = LLM(folder, dtype="float32", deterministic=True).engine
+    with (
+        inside(folder, engine) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chat = {"messages": [{"role": "user", "content": "A" * 40}], "max_tokens": 2}
+        first = client.chat.completions.create(model="tiny", **chat)
+        again = client.chat.completions.create(model="tiny", n=2, **chat)
+        assert first.usage is not None
+        full = first.usage.prompt_tokens // 16 * 16
+        reusable = (first.usage.prompt_tokens - 1) // 16 * 16
+        assert reusable > 0
+        assert details(first) == {"cached_tokens": 0, "cache_write_tokens": full}
+        both = {"cached_tokens": reusable, "cache_write_tokens": full - reusable}
+        assert details(again) == both
+        told = {"stream": True, "stream_options": {"include_usage": True}}
+        assert details([*client.chat.completions.create(model="tiny", **chat, **told)][-1]) == both
+        text = {"prompt": "B" * 40, "max_tokens": 2}
+        assert details(client.completions.create(model="tiny", **text))["cached_tokens"] == 0
+        two = details(client.completions.create(model="tiny", n=2, **text))
+        assert two["cached_tokens"] > 0
+        assert details([*client.completions.create(model="tiny", **text, **told)][-1]) == two
+        items = {"input": "C" * 40, "max_output_tokens": 2}
+        usages = [client.responses.create(model="tiny", **items).usage for _ in range(2)]
+        *_, last = client.responses.create(model="tiny", stream=True, **items)
+        cached = [
+            each.input_tokens_details.cached_tokens for each in (*usages, last.response.usage)
+        ]
+        assert cached[0] == 0
+        assert cached[1] == cached[2] > 0
+
+
+def details(answer: object) -> dict[str, int]:
+    return answer.usage.prompt_tokens_details.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+
+
+def test_the_fingerprint_names_what_answers(client: OpenAI, server: Inside) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+    name = answer.system_fingerprint
+    assert name is not None
+    assert name.startswith("fp_")
+    chunks = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, stream=True)
+    assert {chunk.system_fingerprint for chunk in chunks} == {name}
+    text = client.completions.create(model="tiny", prompt="a", max_tokens=2)
+    assert text.system_fingerprint == name
+
+
+def test_the_fingerprint_follows_weights_and_options(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folder, copy)
+    start = Start(model=str(folder))
+    name = fingerprint(open_checkpoint(folder), start, "cpu")
+    assert fingerprint(open_checkpoint(copy), Start(model=str(copy)), "cpu") == name
+    assert fingerprint(open_checkpoint(folder), start, "cuda:0") != name
+    assert fingerprint(open_checkpoint(folder), Start(model="", quantize=4), "cpu") != name
+    shard = next(copy.glob("pytorch_model-00002*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert fingerprint(open_checkpoint(copy), start, "cpu") != name

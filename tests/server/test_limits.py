@@ -143,12 +143,12 @@ def test_a_key_that_has_had_its_share_waits(
     engine = Scripted(lambda _: [75, 104, 3])
     with inside(folder, engine, keys=("the-only-key", "another-key"), shares=shares) as server:
         url = f"{server.url}/v1/chat/completions"
-        answers = [httpx.post(url, json=CHAT, headers=headers) for _ in range(3)]
+        answers = [httpx.post(url, json=CHAT, headers=headers, timeout=60) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         assert words in answers[2].json()["error"]["message"]
         assert int(answers[2].headers["retry-after"]) >= 1
         other = {"authorization": "Bearer another-key"}
-        assert httpx.post(url, json=CHAT, headers=other).status_code == 200
+        assert httpx.post(url, json=CHAT, headers=other, timeout=60).status_code == 200
 
 
 def test_answers_at_once_are_bounded_by_key_and_the_queue_for_all(folder: Path) -> None:
@@ -169,5 +169,5 @@ def test_answers_at_once_are_bounded_by_key_and_the_queue_for_all(folder: Path) 
                 return [fifth, *(await asyncio.gather(*first))]
 
         assert asyncio.run(run()) == [429, 200, 200, 200, 200]
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
         assert 'reason="rate_limit_exceeded"} 1.0' in text

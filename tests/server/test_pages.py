@@ -1,10 +1,10 @@
-"""`serve --web`: the pages beside the API, and where they cannot be."""
+"""`serve --web`: the pages beside the API. With keys: tests/web/test_door.py."""
 
 from pathlib import Path
 
 import pytest
 
-from xverse.errors import XverseError
+from xverse.checkpoint.load import open_checkpoint
 from xverse.verbs import serve
 
 pytest.importorskip("gradio", reason="the pages need Gradio")
@@ -16,11 +16,6 @@ def test_pages_are_mounted_beside_the_api(folder: Path) -> None:
 
     app = FastAPI()
     mount = serve._pages(serve.Config(model=str(folder)).options())
-    mount(app, "http://127.0.0.1:1")
+    assert mount(app, "http://127.0.0.1:1", open_checkpoint(folder))(app) is app
     with TestClient(app) as client:
         assert client.get("/web/en/").is_success
-
-
-def test_pages_are_refused_where_a_key_is_asked_for(folder: Path) -> None:
-    with pytest.raises(XverseError, match="key"):
-        serve._pages(serve.Config(model=str(folder), api_key=("secret",)).options())

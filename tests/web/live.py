@@ -24,6 +24,11 @@ class Echo:
         self.asked: list[Sequence[Mapping[str, str]] | str] = []
         self.samplings: list[Sampling] = []
         self.open = 0
+        self.keys: list[str | None] = []
+
+    def of(self, key: str | None) -> "Echo":
+        self.keys.append(key)
+        return self
 
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], sampling: Sampling

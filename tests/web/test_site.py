@@ -80,7 +80,7 @@ def test_what_the_verb_refuses(
 def test_a_password_is_asked_for() -> None:
     with (
         pages(Echo(), page="chat", lang="en", auth=("me", "secret")) as address,
-        httpx.Client(base_url=address, follow_redirects=True) as visitor,
+        httpx.Client(base_url=address, follow_redirects=True, timeout=60) as visitor,
     ):
         for route in ("/en/config", "/en/gradio_api/info", "/config"):
             assert visitor.get(route).status_code == 401, route
@@ -94,20 +94,27 @@ def test_a_password_is_asked_for() -> None:
 
 
 def test_another_name_of_this_machine_is_refused(address: str) -> None:
-    assert httpx.get(f"{address}/en/", headers={"Host": "evil.example"}).status_code == 400
-    assert httpx.get(f"{address}/en/").status_code == 200
+    assert (
+        httpx.get(f"{address}/en/", headers={"Host": "evil.example"}, timeout=60).status_code == 400
+    )
+    assert httpx.get(f"{address}/en/", timeout=60).status_code == 200
 
 
 def test_files_are_not_taken(address: str) -> None:
     files = {"files": ("a.txt", b"some bytes")}
-    reply = httpx.post(f"{address}/en/gradio_api/upload", files=files)
+    reply = httpx.post(f"{address}/en/gradio_api/upload", files=files, timeout=60)
     assert reply.status_code in (400, 403, 413), reply.text
-    assert httpx.get(f"{address}/en/gradio_api/file=/etc/hostname").status_code in (403, 404)
+    assert httpx.get(f"{address}/en/gradio_api/file=/etc/hostname", timeout=60).status_code in (
+        403,
+        404,
+    )
 
 
 def test_one_language_and_one_page() -> None:
     with pages(Echo(), page="generate", lang="ja") as address:
-        page = httpx.get(address, headers={"Accept-Language": "zh"}, follow_redirects=True)
+        page = httpx.get(
+            address, headers={"Accept-Language": "zh"}, follow_redirects=True, timeout=60
+        )
         assert page.url.path == "/ja/"
         assert "チャット" not in page.text  # no tabs
         assert "書き出し" in page.text
@@ -132,8 +139,8 @@ def test_nobody_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", watched)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     with pages(Echo(), lang="en") as address:
-        page = httpx.get(f"{address}/en/", trust_env=False).text
-        config = httpx.get(f"{address}/en/config", trust_env=False).json()
+        page = httpx.get(f"{address}/en/", trust_env=False, timeout=60).text
+        config = httpx.get(f"{address}/en/config", trust_env=False, timeout=60).json()
     assert not called
     assert config["analytics_enabled"] is False
     assert "fonts.googleapis" not in page
@@ -180,7 +187,9 @@ def test_a_script_serves_its_page(tmp_path: Path) -> None:
     assert process.stdout is not None
     title, _, address = process.stdout.readline().strip().partition(" is at ")
     assert title == "Mine"
-    page = httpx.get(address, headers={"Accept-Language": "en"}, follow_redirects=True).text
+    page = httpx.get(
+        address, headers={"Accept-Language": "en"}, follow_redirects=True, timeout=60
+    ).text
     assert "max_new_tokens" in page
     assert "Advanced settings" not in page
     process.send_signal(signal.SIGINT)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,17 +40,14 @@ def convert_to_safetensors(
     with whole_folder(target) as aside:
         require_space(aside.parent, sum(info.nbytes for info in infos.values()))
         save_weights(_stream(weights, infos), aside, max_shard_bytes=max_shard_bytes)
-        if is_there(folder.path / "tokenizer.json"):
-            _save_tokenizer(folder, aside)
-        _copy_rest(folder, aside)
+        copy_rest(folder, aside)
         write_manifest(aside, source=folder.path.name, converted_to="safetensors")
 
 
-def _save_tokenizer(folder: ModelFolder, target: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, config: Mapping[str, object], target: Path) -> None:
     """The tokenizer in its modern form, with the chat format written down where there is one."""
-    tokenizer = Tokenizer.load(folder.path)
-    if folder.config.get("model_type") == "xverse" or tokenizer.chat_template:
-        chat = chat_format(folder.config, tokenizer)
+    if config.get("model_type") == "xverse" or tokenizer.chat_template:
+        chat = chat_format(config, tokenizer)
         tokenizer.save(target, chat_template=chat.template, chat_format=chat.name)
     else:
         tokenizer.save(target)
@@ -159,8 +156,10 @@ def _stream(weights: Weights, infos: dict[str, TensorInfo]) -> Iterator[tuple[st
         yield name, weights.read(name, info.dtype)
 
 
-def _copy_rest(folder: ModelFolder, target: Path) -> None:
-    """Copy configs, tokenizer files and the licence; report in the log what stays behind."""
+def copy_rest(folder: ModelFolder, target: Path) -> None:
+    """Copy all but the weights: configs, tokenizer, licence. What stays behind is in the log."""
+    if is_there(folder.path / "tokenizer.json"):
+        save_tokenizer(Tokenizer.load(folder.path), folder.config, target)
     left: list[str] = []
     for path in sorted(folder.path.iterdir()):
         if path.name.endswith(_WEIGHTS) or path.name == MANIFEST or path == target:

@@ -104,7 +104,7 @@ def load(
             f"It has {reads.vocab_size:,} ids, and {title} knows {checkpoint.shape.vocab_size:,}.",
             "Leave it out: the model's folder has its own.",
         )
-    decoder = build(checkpoint, weights, _dtype(dtype, checkpoint.config, place), place, keep)
+    decoder = build(checkpoint, weights, dtype_of(dtype, checkpoint.config, place), place, keep)
     return Model(decoder, reads, checkpoint)
 
 
@@ -145,7 +145,7 @@ def build(
         decoder = Decoder(checkpoint.shape)
     if layout is not None:
         put_places(decoder, layout, weights.infos())
-    reader = _Reader(weights, decoder, layout, dtype, device)
+    reader = Reader(weights, decoder, layout, dtype, device)
     steps = reader.steps(keep)
     for fill in progress(steps, total=len(steps), label="loading"):
         fill()
@@ -153,7 +153,7 @@ def build(
     return decoder.eval().requires_grad_(False)
 
 
-class _Reader:
+class Reader:
     """Puts the tensors of a source of weights in their places; knows which were not asked for."""
 
     def __init__(
@@ -177,6 +177,17 @@ class _Reader:
             if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False))
         ]
         return [partial(self._step, module, prefix, keep) for prefix, module in filled]
+
+    def fill(self, name: str) -> nn.Module:
+        """Read the weights of one module of the decoder, with all that is inside; gives it.
+
+        What has been filled may be put out of the decoder again; the reader keeps nothing of it.
+        """
+        top = self.decoder.get_submodule(name)
+        for prefix, module in top.named_modules(prefix=name):
+            if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False)):
+                self._step(module, prefix, None)
+        return top.eval().requires_grad_(False)
 
     def _step(self, module: nn.Module, prefix: str, keep: Keep | None) -> None:
         if isinstance(module, QuantizedLinear):
@@ -240,7 +251,8 @@ def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
-def _dtype(name: str, config: Mapping[str, object], device: torch.device) -> torch.dtype:
+def dtype_of(name: str, config: Mapping[str, object], device: torch.device) -> torch.dtype:
+    """What a model with this config.json computes in on `device`; "auto" is its own dtype."""
     if name != "auto":
         return devices.pick_dtype(name, device)
     own = str(config.get("torch_dtype") or config.get("dtype") or "auto").removeprefix("torch.")

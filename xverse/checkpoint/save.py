@@ -11,14 +11,15 @@ from xverse.quant.stored_compressed import to_disk
 
 
 def published_tensors(
-    decoder: Decoder, state: Mapping[str, Tensor] | None = None
+    decoder: Decoder, state: Mapping[str, Tensor] | None = None, *, within: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a decoder (that is not fused) under their names on disk.
 
-    `state`, a state dict of the same decoder, stands in for its own weights.
+    `state`, a state dict of the same decoder, stands in for its own weights. `within` names a
+    module, of which alone the tensors are given.
     """
     state = decoder.state_dict() if state is None else state
-    for prefix, module in decoder.named_modules():
+    for prefix, module in decoder.get_submodule(within).named_modules(prefix=within):
         if isinstance(module, QuantizedLinear):
             yield from _quantized(prefix, module)
         elif isinstance(module, StackedLinear):

@@ -13,9 +13,8 @@ from xverse.files import is_there
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name at the end, or is removed on a failure."""
+    require_new(target)
     with disk_errors(target):
-        if is_there(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise _there_already(target, "a folder")
         aside = _aside(target)
         try:
             aside.mkdir(parents=True)
@@ -25,6 +24,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_new(target: Path) -> None:
+    """Raise XverseError where `target` is anything but a name that is free, or an empty folder."""
+    with disk_errors(target):
+        if is_there(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise _there_already(target, "a folder")
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def _check(schema: object, place: str) -> None:
         return
     if not isinstance(schema, dict):
         _refuse(place, f"a schema is an object, not {schema!r:.40}")
+    _check_type(schema.get("type"), f"{place}/type")
     for name in ("$defs", "definitions"):
         for key, inner in _mapping(schema, name, place).items():
             _check(inner, f"{place}/{name}/{key}")
@@ -111,8 +112,18 @@ def _check(schema: object, place: str) -> None:
     for name in ("items", "additionalProperties"):
         if name in schema:
             _check(schema[name], f"{place}/{name}")
-    for at, inner in enumerate(schema.get("prefixItems", ())):
+    items = schema.get("prefixItems", [])
+    if not isinstance(items, list):
+        _refuse(f"{place}/prefixItems", "a list of schemas is expected")
+    for at, inner in enumerate(items):
         _check(inner, f"{place}/prefixItems/{at}")
+
+
+def _check_type(value: object, place: str) -> None:
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = [name for name in names if not (isinstance(name, str) and name in _TYPES)]
+    if wrong or value == []:
+        _refuse(place, f"there is no type {(wrong or [value])[0]!r:.60}")
 
 
 def _check_alone(schema: Schema, word: str, place: str) -> None:
@@ -179,8 +190,9 @@ def _check_text(schema: Schema, place: str) -> None:
         _refuse(place, "lengths are whole numbers, the least not above the most")
     if "pattern" in shaped:
         _check_pattern(schema["pattern"], place)
-    if "format" in shaped and schema["format"] not in _FORMATS:
-        _refuse(place, f"the format {schema['format']!r:.60} is not obeyed")
+    form = schema.get("format")
+    if "format" in shaped and not (isinstance(form, str) and form in _FORMATS):
+        _refuse(place, f"the format {form!r:.60} is not obeyed")
 
 
 def _check_pattern(pattern: object, place: str) -> None:
@@ -229,7 +241,7 @@ def _mapping(schema: Schema, name: str, place: str) -> Schema:
 
 def _types(schema: Schema) -> tuple[str, ...]:
     value = schema.get("type", ())
-    return (value,) if isinstance(value, str) else tuple(map(str, value or ()))
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _is(value: object, name: str) -> bool:

@@ -9,13 +9,15 @@ from typing import Literal, overload
 from xverse.checkpoint.load import Model, load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.device import pick_device
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.loop import Loop
+from xverse.engine.options import EngineOptions
 from xverse.engine.output import Output
 from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Scores
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
+from xverse.quant.prepare import prepare
 from xverse.quant.quantize import quantize as quantize_decoder
 from xverse.text.chat import Encoded, encode_prompt
 from xverse.text.tools import ParsedReply, parse_tool_calls
@@ -33,7 +35,8 @@ class LLM:
     tokenizer from. `speculate` 8 guesses up to 8 tokens at a time from what a text holds already,
     which is faster where answers repeat their prompts, and changes no answer. Threads may share an
     LLM: what they ask for is computed together. On a CPU that changes no bit of an answer; with
-    `deterministic` it never does, and common beginnings are computed once.
+    `deterministic` it never does. `share_prefixes`: common beginnings are computed once; by default
+    with `deterministic`, which keeps the last bits equal, and on a GPU.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class LLM:
         tensor_parallel: int = 1,
         tokenizer: str | Path | None = None,
         speculate: int = 0,
+        share_prefixes: bool | None = None,
     ) -> None:
         options = EngineOptions(
             kv_tokens=kv_tokens,
@@ -57,7 +61,9 @@ class LLM:
             speculate=speculate,
             # On a CPU answers are the same in any company as they come; shared prefixes would
             # change their last bits.
-            share_prefixes=deterministic or pick_device(device).type == "cuda",
+            share_prefixes=deterministic or pick_device(device).type == "cuda"
+            if share_prefixes is None
+            else share_prefixes,
         )
         self.model: Model
         self.engine: Engine | SpreadEngine
@@ -65,7 +71,7 @@ class LLM:
             self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
-            fuse(self.model.decoder)
+            prepare(fuse(self.model.decoder))
             self.engine = Engine(
                 self.model.decoder,
                 end_ids=self.model.end_ids,
@@ -150,21 +156,36 @@ class LLM:
             same = (i for i, pair in enumerate(zip(alone, ids, strict=False)) if len({*pair}) > 1)
             start = next(same, min(len(alone), len(ids)))
             requests.append(self._scored(ids, start))
-        scores = [0.0] * len(requests)
-        for output in self._loop.run(requests):
-            assert isinstance(output, Scores), "nothing is decoded"
-            scores[output.request] = sum(output.logprobs)
-        return scores
+        return [sum(scores.logprobs) for scores in self.read(requests)]
 
     def logprobs(self, text: str) -> list[Logprob]:
         """Log-probability of each token of a text after those before it, from the second on."""
         ids = self.tokenizer.encode(text)
-        (scores,) = self._loop.run([self._scored(ids, 1)])
-        assert isinstance(scores, Scores), "nothing is decoded"
+        (scores,) = self.read([self._scored(ids, 1)])
         return [
             Logprob(id, self.tokenizer.token_bytes(id), logprob)
             for id, logprob in zip(ids[1:], scores.logprobs, strict=True)
         ]
+
+    def read(self, requests: Sequence[Request]) -> list[Scores]:
+        """What is asked about given prompts, in their order; nothing is added to any of them."""
+        found: dict[int, Scores] = {}
+        for output in self._loop.run(requests):
+            assert isinstance(output, Scores), "nothing is decoded"
+            found[output.request] = output
+        return [found[place] for place in range(len(requests))]
+
+    def continue_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        namespace: str = "",
+    ) -> list[Answer]:
+        """`generate` for prompts that are ids already, as `encode_chat` gives them; they share
+        beginnings only within the `namespace`."""
+        some = [list(ids) for ids in prompts]
+        return self._answer(some, [sampling] * len(some), namespace)
 
     def stream(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None
@@ -260,10 +281,13 @@ class LLM:
         return Request(tuple(ids), None, score_from=start)
 
     def _answer(
-        self, prompts: Sequence[list[int]], samplings: Sequence[Sampling | None]
+        self,
+        prompts: Sequence[list[int]],
+        samplings: Sequence[Sampling | None],
+        namespace: str = "",
     ) -> list[Answer]:
         outputs = [self._output(*pair) for pair in zip(prompts, samplings, strict=True)]
-        for _ in self._run(prompts, samplings, outputs):
+        for _ in self._run(prompts, samplings, outputs, namespace):
             pass
         return [output.answer() for output in outputs]
 
@@ -280,11 +304,12 @@ class LLM:
         prompts: Sequence[list[int]],
         samplings: Sequence[Sampling | None],
         outputs: list[Output],
+        namespace: str = "",
     ) -> Generator[Piece, None, None]:
         """Decode; what is final as soon as it is. A stop string ends its prompt."""
         ended: set[int] = set()
         requests = [
-            Request(tuple(ids), self._fitted(ids, sampling))
+            Request(tuple(ids), self._fitted(ids, sampling), namespace)
             for ids, sampling in zip(prompts, samplings, strict=True)
         ]
         with closing(self._loop.run(requests, ended)) as found:

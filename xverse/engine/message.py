@@ -62,7 +62,8 @@ def decode_request(message: Message) -> Request:
         if bias is not None:
             sampling = sampling | {"logit_bias": {int(id): add for id, add in bias.items()}}
         sampling = Sampling(**sampling)
-    return Request(**message | {"ids": tuple(message["ids"]), "sampling": sampling})
+    tuples = {name: tuple(message[name]) for name in ("ids", "labels")}
+    return Request(**message | tuples | {"sampling": sampling})
 
 
 def encode_error(error: XverseError) -> Message:

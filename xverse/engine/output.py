@@ -19,6 +19,7 @@ class Output:
         self._text = self._stream.begin(prompt) if sampling.echo else ""
         self._tokens = list(prompt) if sampling.echo else []
         self._logprobs: list[Logprob] = []
+        self._reused = 0
 
     def take(self, output: Token | Scores) -> Piece | None:
         """Add what the engine gave; returns what is final now, None where nothing is."""
@@ -35,8 +36,8 @@ class Output:
         if not (self._text or prompt_logprobs or self.finish):
             return None
         tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
-        piece = Piece(self._text, tokens, self.finish, logprobs, prompt_logprobs)
-        self._text, self._tokens, self._logprobs = "", [], []
+        piece = Piece(self._text, tokens, self.finish, logprobs, prompt_logprobs, self._reused)
+        self._text, self._tokens, self._logprobs, self._reused = "", [], [], 0
         self._pieces.append(piece)
         return piece
 
@@ -54,6 +55,7 @@ class Output:
 
     def _add(self, token: Token) -> None:
         self._tokens.append(token.id)
+        self._reused += token.reused
         if token.logprob is not None:
             self._logprobs.append(self._logprob(token.id, token.logprob, token.top))
         self._text += self._stream.push(token.id)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from xverse.errors import XverseError
-from xverse.kernels import reference
+from xverse.kernels import native, reference
 from xverse.kernels.attend import attend_batch, attend_sequence, gather_pages
+from xverse.kernels.attend_cpu import store_attend
 from xverse.model.shape import ModelShape
 
 
@@ -73,6 +74,9 @@ class Paged:
             _zeros(size[:-1], torch.bfloat16, self.device) for _ in range(2 if rounded else 0)
         ]
         self._groups: list[_Group] = []
+        compiled = self.device.type == "cpu" and dtype in native.FLOATS and not native.why_not()
+        self.compiled = compiled and fixed_rows is None
+        self.alone: tuple[Tensor, Tensor] | None = None  # of a step of single tokens: see `begin`
         self._lengths_T = self._places = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @property
@@ -90,7 +94,11 @@ class Paged:
             assert part.count > 0, "a part brings tokens"
             assert part.held + part.count <= len(part.pages) * self.page_size, "pages suffice"
         self.clear(parts)
-        self._groups = list(self._grouped(parts))
+        self.alone = None
+        if self.compiled and all(part.count == 1 or part.apart for part in parts):
+            self.alone = self._rows_alone(parts)
+        else:
+            self._groups = list(self._grouped(parts))
         positions = [p.held + i for p in parts for i in range(p.count)]
         lengths = [max(p.prompt, p.held + i + 1) for p in parts for i in range(p.count)]
         rows = [
@@ -122,6 +130,8 @@ class Paged:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values, scales = self.keys[layer], self.values[layer], self.scales(layer)
+        if self.alone is not None:
+            return store_attend(q_THE, k_TKE, v_TKE, keys, values, *self.alone)
         key_scales, value_scales = scales or (None, None)
         self._store(keys, key_scales, k_TKE)
         self._store(values, value_scales, v_TKE)
@@ -194,6 +204,13 @@ class Paged:
                 slice(start, start + count), self._tensor(tables), self._tensor(seen), max(seen)
             )
             start += count
+
+    def _rows_alone(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Pages [T, P] and lengths [T] of rows each of which is attended to by itself."""
+        most = max(len(part.pages) for part in parts)
+        tables = [[*p.pages, *[0] * (most - len(p.pages))] for p in parts for _ in range(p.count)]
+        lengths = [p.held + i + 1 for p in parts for i in range(p.count)]
+        return self._tensor(tables), self._tensor(lengths)
 
     def _alike(self, numbered: tuple[int, Part]) -> tuple[int, int]:
         """What neighbours share to be computed together: padding at most doubles the work."""

@@ -176,13 +176,17 @@ class Request:
 
     `sampling` must be filled and have max_tokens; with None nothing is added to the prompt.
     `score_from`: the log-probabilities of the prompt's tokens from this place on are wanted; it is
-    1 where the sampling asks for prompt_logprobs.
+    1 where the sampling asks for prompt_logprobs. `score_best`: so many best ids beside each.
+    `labels`: the log-probabilities of these ids as the token after the prompt are wanted, all of
+    them from one reading of the prompt.
     """
 
     ids: tuple[int, ...]
     sampling: Sampling | None
     namespace: str = ""
     score_from: int | None = None
+    score_best: int = 0
+    labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sampling is not None and self.sampling.prompt_logprobs is not None:
@@ -192,7 +196,8 @@ class Request:
     @property
     def best_scored(self) -> int:
         """How many best ids are wanted beside each prompt token that is scored."""
-        return (self.sampling.prompt_logprobs or 0) if self.sampling else 0
+        asked = (self.sampling.prompt_logprobs or 0) if self.sampling else 0
+        return max(asked, self.score_best)
 
     @property
     def answers(self) -> bool:
@@ -204,7 +209,8 @@ class Request:
 class Token:
     """One decoded token of the prompt numbered `request`; `finish` on its last one.
 
-    Where asked for: its log-probability, and the best ids with theirs.
+    Where asked for: its log-probability, and the best ids with theirs. On the first token,
+    `reused` is how many tokens of the prompt were found in shared pages instead of computed.
     """
 
     request: int
@@ -212,19 +218,22 @@ class Token:
     finish: Finish | None = None
     logprob: float | None = None
     top: Top = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True)
 class Scores:
     """Log-probabilities of prompt tokens of `request`; `last` where no tokens follow.
 
-    Where asked for, `tops` has for each of them the best ids with theirs, best first.
+    Where asked for, `tops` has for each of them the best ids with theirs, best first, and `labels`
+    those of the request's labels after the prompt.
     """
 
     request: int
     logprobs: tuple[float, ...]
     last: bool
     tops: tuple[Top, ...] = ()
+    labels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -250,6 +259,7 @@ class Piece:
     """Text that has become final, the tokens it came from, and on the last piece why it ended.
 
     Log-probabilities, where asked for, are of these tokens; the prompt's come with the first piece.
+    `reused`: of the prompt's tokens, how many these tokens tell were found in shared pages.
     """
 
     text: str
@@ -257,6 +267,7 @@ class Piece:
     finish: Finish | None = None
     logprobs: tuple[Logprob, ...] = ()
     prompt_logprobs: tuple[Logprob, ...] = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ sends it to a GPU and returns at once.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from xverse.engine.packed_step import PackedStep, fits
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
 from xverse.engine.sampler import Sampler
@@ -18,6 +20,7 @@ from xverse.engine.scheduler import Chunk, Generation
 from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
 from xverse.model.decoder import Decoder
+from xverse.quant.prepare import rows_stand_alone
 
 SCORED_AT_ONCE = 64  # rows of logits in fp32 that are held for prompt log-probabilities
 
@@ -73,13 +76,14 @@ class PlainRunner:
 
     def __init__(self, decoder: Decoder, kv: Paged) -> None:
         self.decoder, self.kv = decoder, kv
+        self.step = PackedStep(decoder, kv) if fits(decoder, kv) else None
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Flight:
         """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
         decoder, kv = self.decoder, self.kv
         together = _computed_together(kv, chunks)
-        hidden_TD = torch.cat([_hidden(decoder, kv, some) for some in together])
+        hidden_TD = torch.cat([_hidden(decoder, kv, some, self.step) for some in together])
         flight = Flight(chunks, [], list)
         if rows := choosing_rows(chunks):
             logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
@@ -122,7 +126,9 @@ def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chun
     return [*([chunk] for chunk in prompts), *rows]
 
 
-def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
+def _hidden(
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], step: PackedStep | None
+) -> Tensor:
     """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages then."""
     parts: list[Part] = []
     ids: list[int] = []
@@ -131,7 +137,10 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
         parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
         ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
     if kv.fixed_rows is None:
-        return decoder.hidden(torch.tensor(ids, device=kv.device), kv.begin(parts), kv)
+        ids_T, positions_T = torch.tensor(ids, device=kv.device), kv.begin(parts)
+        if step is not None and kv.alone is not None:
+            return step(ids_T, positions_T)
+        return decoder.hidden(ids_T, positions_T, kv)
     rows, found = kv.fixed_rows, []
     tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
     for first in range(0, len(ids), rows):
@@ -144,7 +153,7 @@ def _hidden(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk]) -> Tensor:
 
 
 def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:
-    if kv.fixed_rows is None and kv.device.type != "cpu":
+    if kv.fixed_rows is None and (kv.device.type != "cpu" or rows_stand_alone(decoder)):
         return decoder.logits(hidden_TD)
     rows = kv.fixed_rows or ROWS
     found = []
@@ -213,7 +222,9 @@ def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
 
 
 def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
-    """Add the log-probabilities of prompt tokens whose predecessors were computed now."""
+    """Add the log-probabilities of prompt tokens whose predecessors were computed now, and of the
+    labels after prompts that are complete."""
+    _read_labels(decoder, kv, chunks, hidden_TD)
     start = 0
     for chunk in chunks:
         generation, ids = chunk.generation, chunk.generation.request.ids
@@ -228,3 +239,20 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
         start += chunk.rows
+
+
+def _read_labels(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
+    """Add the labels' log-probabilities; all prompts of a step share one product, one copy."""
+    ends = accumulate(chunk.rows for chunk in chunks)
+    pairs = zip(chunks, ends, strict=True)
+    found = [(c.generation, end) for c, end in pairs if c.complete and c.generation.request.labels]
+    for first in range(0, len(found), SCORED_AT_ONCE):
+        some = found[first : first + SCORED_AT_ONCE]
+        rows = torch.tensor([end - 1 for _, end in some], device=hidden_TD.device)
+        logprobs_BV = _logits(decoder, kv, hidden_TD[rows]).float().log_softmax(-1)
+        labels = [generation.request.labels for generation, _ in some]
+        of_row = [row for row, ids in enumerate(labels) for _ in ids]
+        places = torch.tensor([of_row, [id for ids in labels for id in ids]])
+        values = iter(logprobs_BV[tuple(places.to(hidden_TD.device))].tolist())
+        for generation, _ in some:
+            generation.labels = [next(values) for _ in generation.request.labels]

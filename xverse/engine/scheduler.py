@@ -26,6 +26,7 @@ class Generation:
     `ids` are prompt and answer so far; keys and values of the first `held` are in `table`. The
     last `pending` of them are being chosen by steps under way: until those land, UNKNOWN stands
     there. While it runs it has a `slot`, a row of what the device keeps for each sequence.
+    `reused` is how many tokens it found in shared pages when it first ran.
     """
 
     number: int
@@ -35,10 +36,12 @@ class Generation:
     ids: list[int]
     scores: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)  # beside the scores
+    labels: list[float] = field(default_factory=list)
     held: int = 0
     table: Table | None = None
     pending: int = 0
     slot: int = -1
+    reused: int | None = None
 
     def put(self, place: int, id: int) -> None:
         """The token chosen for `place`: one that was pending, or one after a guess that was
@@ -221,6 +224,8 @@ class Scheduler:
             return None
         generation.table, generation.held, generation.slot = table, held, self.slots.pop()
         self.reused_tokens += held
+        if generation.reused is None:
+            generation.reused = held
         self.waiting.remove(generation)
         insort(self.running, generation, key=_arrival)
         return generation

@@ -15,8 +15,9 @@ import torch
 from xverse.checkpoint.load import Model, open_checkpoint
 from xverse.checkpoint.resolve import resolve
 from xverse.device import pick_device
-from xverse.engine.engine import Engine, EngineOptions, Output
+from xverse.engine.engine import Engine, Output
 from xverse.engine.message import digest, encode_request
+from xverse.engine.options import EngineOptions
 from xverse.engine.paged import Paged
 from xverse.engine.request import Request
 from xverse.engine.speculate import Speculation

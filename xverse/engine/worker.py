@@ -21,8 +21,9 @@ from torch import nn
 
 from xverse import log
 from xverse.checkpoint.load import Model, load
-from xverse.engine.engine import Engine, EngineOptions
+from xverse.engine.engine import Engine
 from xverse.engine.message import Line, Message, decode_request, digest, encode_error
+from xverse.engine.options import EngineOptions
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.model.shape import ModelShape

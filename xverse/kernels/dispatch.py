@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from xverse.kernels import attend, reference, reference_experts, reference_sample
+from xverse.kernels import (
+    attend,
+    attend_cpu,
+    native,
+    packed,
+    reference,
+    reference_experts,
+    reference_packed,
+    reference_sample,
+    reference_train,
+)
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
 from xverse.kernels.tiles import MOST_ROWS
@@ -128,6 +138,42 @@ def attend_whole(device: torch.device, dtype: torch.dtype, *, grouped: bool = Fa
     if why_not:
         return Choice(operation, "none of its own", why_not, reference.attend)
     return Choice(operation, "cuDNN", f"{dtype} on CUDA", attend.attend_whole)
+
+
+def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = False) -> Choice:
+    """What mixes documents in a row: `attend.attend_documents`, or on a GPU `attend_rows` where
+    they have `equal` lengths and `attend_offsets` otherwise, which take these in other forms."""
+    operation = "attention of documents in a row" + ", of one length" * equal
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        by = "PyTorch's, document by document"
+        return Choice(operation, by, why_not, attend.attend_documents)
+    if equal:
+        return Choice(operation, "cuDNN", f"{dtype} on CUDA", attend.attend_rows)
+    why = f"{dtype} on CUDA; cuDNN takes no offsets"
+    return Choice(operation, "flash attention over offsets", why, attend.attend_offsets)
+
+
+def score(device: torch.device) -> Choice:
+    """The function in the place of `reference_train.score_logits`."""
+    operation = "loss of a chunk of logits"
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, reference_train.score_logits, device, why_not)
+    why = "each logit is read twice and written once"
+    return Choice(operation, "compiled by PyTorch", why, _compiled_score())
+
+
+def adamw(device: torch.device) -> Choice:
+    """The function in the place of `reference_train.adamw`."""
+    operation = "update of weights"
+    why_not = _why_no_triton(device, torch.bfloat16)
+    if why_not:
+        return _plain(operation, reference_train.adamw, device, why_not)
+    from xverse.kernels import update_triton
+
+    why = "weight, moments and gradient are read once and written once"
+    return Choice(operation, "Triton, in one pass", why, update_triton.adamw)
 
 
 def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
@@ -257,6 +303,20 @@ def gather_columns(device: torch.device, dtype: torch.dtype) -> Choice:
     )
 
 
+def multiply_packed(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function with the meaning of `reference_packed.multiply_packed`, and its own weights."""
+    return _compiled(
+        "products with integer weights", packed.PackedWeights.multiply,
+        reference_packed.multiply_packed, device, dtype,
+    )  # fmt: skip
+
+
+def store_attend(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function that keeps and attends as `reference.attend_pages`, for decoding on a CPU."""
+    operation = "attention of a decode step on a CPU"
+    return _compiled(operation, attend_cpu.store_attend, reference.attend_pages, device, dtype)
+
+
 def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Every choice for this device and dtype, as `xverse doctor` prints them."""
     attention = (rotate_store_attend, rotate_store, attend_chunks)
@@ -270,12 +330,35 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         *(choose(device, dtype) for choose in attention),
         *(choose(device, dtype, fp8=True) for choose in attention),
         attend_whole(device, dtype),
+        attend_documents(device, dtype),
+        attend_documents(device, dtype, equal=True),
+        score(device),
+        adamw(device),
         *(choice(device) for choice in choosing),
         mixture_rows(device, dtype),
         mix_experts(device, dtype),
         add_parts(device, dtype),
         gather_columns(device, dtype),
+        multiply_packed(device, dtype),
+        store_attend(device, dtype),
     ]
+
+
+def _compiled(
+    operation: str,
+    call: Callable[..., Any],
+    plain: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Choice:
+    """What is in C, for CPUs alone."""
+    why_not = native.why_not() if device.type == "cpu" else f"this is {device.type}, not a CPU"
+    if not why_not and dtype not in native.FLOATS:
+        why_not = f"{dtype} is not among bfloat16 and float32"
+    if why_not:
+        return Choice(operation, "plain PyTorch, the reference", why_not, plain)
+    why = f"{native.variant()}, compiled at installation; this is {device.type}"
+    return Choice(operation, "C, each row alone", why, call)
 
 
 def _change(operation: str, name: str, device: torch.device) -> Choice:
@@ -354,6 +437,11 @@ def _why_no_links() -> str:
     pairs = ((one, other) for one in gpus for other in gpus if one != other)
     apart = next((p for p in pairs if not torch.cuda.can_device_access_peer(*p)), None)
     return "" if apart is None else f"GPU {apart[0]} cannot reach the memory of GPU {apart[1]}"
+
+
+@lru_cache(maxsize=1)
+def _compiled_score() -> Callable[..., Any]:
+    return torch.compile(reference_train.score_logits, dynamic=False)
 
 
 @lru_cache(maxsize=1)

@@ -6,12 +6,15 @@ has seen before, is known only here: `Packed` for whole documents in a row (trai
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xverse.kernels.attend import attend_sequence
+from xverse.kernels import dispatch, native
+from xverse.kernels.attend import attend_offsets, attend_rows, attend_sequence
+from xverse.kernels.attend_cpu import store_attend
 from xverse.model.shape import ModelShape
 
 ROOM = 128  # tokens that the first slab has room for beyond the prompt
@@ -32,10 +35,25 @@ class KV(Protocol):
 class Packed:
     """Documents one after another in one row, none of which sees another; nothing is kept."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         assert all(length > 0 for length in lengths), "a document has at least one token"
         self.documents = list(lengths)
-        self.device = device
+        self.device = torch.device(device)
+        equal = len(set(self.documents)) == 1
+        self._call = dispatch.attend_documents(self.device, dtype, equal=equal).call
+        self._cut: tuple[object, ...] = (self.documents,)
+        if self._call is attend_rows:
+            self._cut = (len(self.documents),)
+        elif self._call is attend_offsets:
+            offsets = torch.tensor([0, *accumulate(self.documents)], dtype=torch.int32)
+            # A power of two, so that compiled code is not made anew for each longest document.
+            longest = 1 << (max(self.documents) - 1).bit_length()
+            self._cut = (offsets.to(self.device, non_blocking=True), longest)
 
     def positions(self) -> Tensor:
         """Place of each token in its document, [T] int64."""
@@ -46,13 +64,7 @@ class Packed:
         return counts.repeat_interleave(counts)
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        parts = (x.split(self.documents) for x in (q_THE, k_TKE, v_TKE))
-        return torch.cat(
-            [
-                attend_sequence(q, k.transpose(0, 1), v.transpose(0, 1))
-                for q, k, v in zip(*parts, strict=True)
-            ]
-        )
+        return self._call(q_THE, k_TKE, v_TKE, *self._cut)
 
 
 class Growing:
@@ -79,6 +91,10 @@ class Growing:
         self.capacity = 0
         self.held = [0] * sequences  # tokens each sequence holds
         self.new = [0] * sequences  # of which this many came with the latest `extend`
+        self.compiled = (
+            self.device.type == "cpu" and dtype in native.FLOATS and not native.why_not()
+        )
+        self.alone: tuple[Tensor, Tensor] | None = None  # of single tokens: slab and length of each
 
     def extend(self, counts: Sequence[int]) -> Tensor:
         """Make room for `counts` new tokens; returns their positions, [T] int64."""
@@ -88,6 +104,11 @@ class Growing:
         if max(self.held) > self.capacity:
             self._reserve(max(2 * self.capacity, max(self.held) + ROOM))
         self.new = list(counts)
+        self.alone = None
+        if self.compiled and max(counts) == 1:
+            rows = [row for row, count in enumerate(counts) if count]
+            lengths = [self.held[row] for row in rows]
+            self.alone = torch.tensor(rows)[:, None], torch.tensor(lengths)
         return torch.cat(
             [
                 torch.arange(start, start + count, device=self.device)
@@ -101,6 +122,9 @@ class Growing:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        if self.alone is not None and not q_THE.requires_grad:
+            # As serving computes it, to the bit: a slab is one long page.
+            return store_attend(q_THE, k_TKE, v_TKE, keys, values, *self.alone)
         mixed, start = [], 0
         for row, (held, count) in enumerate(zip(self.held, self.new, strict=True)):
             if not count:

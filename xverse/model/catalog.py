@@ -4,6 +4,7 @@ XVERSE-13B-256K and MoE-A36B are missing on purpose: parts of their configs were
 they are read from the checkpoint alone.
 """
 
+from xverse.errors import XverseError
 from xverse.model.shape import ModelShape
 
 
@@ -21,6 +22,24 @@ def _dense(
         head_dim=hidden // heads,
         max_position_embeddings=context,
     )
+
+
+def from_depth(depth: int, vocab_size: int, context: int) -> ModelShape:
+    """A dense XVERSE by one number, its layers: 64 units of width for each, in whole heads.
+
+    Heads have 128 elements, and 64 below a width of 1,024; the feed-forward has 8/3 of the width,
+    rounded up to 256, as in every published dense model.
+    """
+    if depth < 1:
+        raise XverseError(
+            f"A model of {depth} layers cannot be.",
+            "Depth counts the layers.",
+            "Give a depth of 1 or more, such as from-depth:12.",
+        )
+    size = 128 if depth >= 16 else 64
+    hidden = -(-64 * depth // size) * size
+    width = -(-(8 * hidden // 3) // 256) * 256
+    return _dense(hidden, width, depth, hidden // size, vocab_size, context)
 
 
 CATALOG: dict[str, ModelShape] = {

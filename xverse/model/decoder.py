@@ -85,15 +85,17 @@ class Decoder(nn.Module):
         """Normalized hidden states [T, D], from which `logits` follow."""
         stack = self.model
         x_TD = stack.embed_tokens(ids_T)
-        dynamic = self.shape.rope_scaling is not None and (
-            self.shape.rope_scaling.rope_type == "dynamic"
-        )
-        lengths = kv.lengths() if dynamic else None
-        cos_TE, sin_TE = self.rope.tables(positions_T, lengths, x_TD.dtype)
+        cos_TE, sin_TE = self.turns(positions_T, kv, x_TD.dtype)
         for block in stack.layers:
             x_TD = block(x_TD, cos_TE, sin_TE, kv)
         normed: Tensor = stack.norm(x_TD)
         return normed
+
+    def turns(self, positions_T: Tensor, kv: KV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's rotary angles, each [T, E]."""
+        scaling = self.shape.rope_scaling
+        dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        return self.rope.tables(positions_T, kv.lengths() if dynamic else None, dtype)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Scores of every vocabulary entry, [T, V], in x's dtype."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from xverse.kernels import dispatch
 from xverse.kernels.reference import route, swiglu
@@ -50,6 +51,22 @@ class Experts(nn.Module):
         return ""
 
 
+class Router(nn.Module):
+    """Which experts a token goes to, and how much each counts; weight [X, D]."""
+
+    def __init__(self, hidden: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.top_k = top_k
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return route(x_TD, self.weight, self.top_k)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """What the choice is made by: softmax over all experts, [T, X] in fp32."""
+        return functional.linear(x_TD.float(), self.weight.float()).softmax(-1)
+
+
 class MixtureOfExperts(nn.Module):
     """The best `moe_top_k` experts of each token by weight, plus a shared SwiGLU for all.
 
@@ -60,7 +77,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         hidden, width = shape.hidden_size, shape.intermediate_size
         self.top_k = shape.moe_top_k
-        self.router = Linear(hidden, shape.num_experts)
+        self.router = Router(hidden, shape.num_experts, shape.moe_top_k)
         self.experts = Experts(shape.num_experts, hidden, width)
         self.shared_experts: nn.Module | None = (
             FeedForward(hidden, width * shape.num_shared_experts)
@@ -69,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weights, experts = route(x_TD, self.router.weight, self.top_k)
+        weights, experts = self.router(x_TD)
         why_not = self.experts.one_by_one(x_TD)
         mix = dispatch.mix_experts(x_TD.device, x_TD.dtype, why_not).call
         mixed = mix(x_TD, weights, experts, self.experts)

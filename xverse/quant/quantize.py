@@ -1,33 +1,69 @@
 """MODEL -> SMALLER MODEL. Put quantized layers in the place of the linear ones."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from xverse.errors import XverseError
+from xverse.log import progress
 from xverse.model.decoder import Decoder
+from xverse.quant.calibrate import CALIBRATED, Method, choose_method, quantize_block, relative_error
 from xverse.quant.embedding import QuantizedEmbedding
 from xverse.quant.linear import QuantizedLinear
+from xverse.quant.passage import Passage
 from xverse.quant.recipe import EMBEDDING, Recipe
+from xverse.quant.rounding import nearest, searched
 from xverse.quant.scheme import Scheme
 
 
-def quantize(decoder: Decoder, what: int | str | Scheme | Recipe) -> Decoder:
-    """Round weights in place, layer by layer, no copy: 8 or 4 (bits, the published schemes), a
-    name such as "int4", a scheme, or a recipe.
+def quantize(
+    decoder: Decoder,
+    what: int | str | Scheme | Recipe,
+    samples: Sequence[Sequence[int]] | None = None,
+    *,
+    method: Method = "auto",
+) -> Decoder:
+    """Round weights in place, block by block: 8 or 4 (bits, the published schemes), a name such
+    as "int4", a scheme, or a recipe.
 
-    Raises XverseError for others, and for a decoder that is quantized already.
+    `samples` are rows of token ids to calibrate with. The method is "rtn" (the nearest steps),
+    "search" (of scales), "gptq" or "awq"; "auto" takes what suits. Raises XverseError for others,
+    and for a decoder that is quantized already.
     """
     recipe = Recipe.of(what).fitting(decoder.shape)
     if any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
-        raise _quantized_already()
-    return replace_layers(decoder, recipe, rounded_layer)
+        raise quantized_already()
+    chosen = choose_method(method, recipe.scheme, samples=bool(samples))
+    passage = Passage(decoder, samples) if samples and chosen in CALIBRATED else None
+    blocks = decoder.model.layers
+    for block in progress(blocks, total=len(blocks), label="quantizing"):
+        quantize_block(block, recipe.scheme, chosen, passage)
+    quantize_ends(decoder, recipe, chosen)
+    return decoder
+
+
+def quantize_ends(decoder: Decoder, recipe: Recipe, method: Method) -> dict[str, float]:
+    """Round head and embedding, as far as the recipe has schemes for them; gives the relative
+    error of their weights. They are not calibrated, as 8 bits lose little without it."""
+    errors = {}
+    for name in ("lm_head", EMBEDDING):
+        module = decoder.get_submodule(name) if name == EMBEDDING else decoder.lm_head
+        scheme = None if module is None else recipe.scheme_of(name, module)
+        if module is None or scheme is None:
+            continue
+        weight = module.weight
+        assert isinstance(weight, Tensor), "a layer that has a scheme has a weight"
+        plain = method == "rtn" or scheme.kind == "float"
+        rounded = (nearest if plain else searched)(weight.detach(), scheme)
+        errors[name] = relative_error(weight[None], rounded, scheme)
+        decoder.set_submodule(name, kind_of(name).of_rounded(module, rounded, scheme))
+    return errors
 
 
 def quantize_module(name: str, module: nn.Module, recipe: Recipe) -> nn.Module:
     """What `quantize` makes of the module `name` of a decoder; for one that is being loaded."""
     if isinstance(module, QuantizedLinear):
-        raise _quantized_already()
+        raise quantized_already()
     scheme = recipe.scheme_of(name, module)
     return module if scheme is None else rounded_layer(name, module, scheme)
 
@@ -42,20 +78,8 @@ def kind_of(name: str) -> type[QuantizedLinear]:
     return QuantizedEmbedding if name == EMBEDDING else QuantizedLinear
 
 
-def replace_layers(
-    decoder: Decoder,
-    recipe: Recipe,
-    replacement: Callable[[str, nn.Module, Scheme], nn.Module],
-) -> Decoder:
-    """Exchange every layer that the recipe has a scheme for, in place."""
-    for name, module in list(decoder.named_modules()):
-        scheme = recipe.scheme_of(name, module)
-        if scheme is not None:
-            decoder.set_submodule(name, replacement(name, module, scheme))
-    return decoder
-
-
-def _quantized_already() -> XverseError:
+def quantized_already() -> XverseError:
+    """The refusal to quantize twice."""
     return XverseError(
         "This model is quantized already.",
         "Rounding rounded weights again would only lose more.",

@@ -53,7 +53,8 @@ class Recipe:
         return self.head if name == "lm_head" else self.scheme
 
     def fitting(self, shape: ModelShape) -> Self:
-        """The same, with groups halved until they divide the inputs of every layer.
+        """The same for a model of this shape: groups are halved until they divide the inputs of
+        every layer, and a tied head has no scheme of its own.
 
         One size for a whole model, as readers of such folders expect. XverseError where none does.
         """
@@ -65,6 +66,8 @@ class Recipe:
             None if scheme is None else _halved(scheme, inputs)
             for scheme in (self.scheme, self.head, self.embedding)
         ]
+        if shape.tie_word_embeddings:
+            fitted[1] = None
         assert fitted[0] is not None, "the blocks have a scheme"
         return replace(self, scheme=fitted[0], head=fitted[1], embedding=fitted[2])
 

@@ -15,7 +15,7 @@ from xverse.server import body
 from xverse.server.context import Context
 from xverse.server.gate import OPEN, Traffic
 from xverse.server.presence import ClientGoneError
-from xverse.server.refusals import Refusal, of_model
+from xverse.server.refusals import Refusal, of_model, our_failure
 from xverse.server.replies import ErrorReply
 from xverse.server.routes import ROUTES, Route
 from xverse.server.service import Service
@@ -32,8 +32,13 @@ def build_app(
     max_choices: int = 16,
 ) -> FastAPI:
     """The app without its gate: whoever serves it puts `Gate` around it."""
-    # Its pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="XVERSE", version=xverse.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="XVERSE",
+        version=xverse.__version__,
+        docs_url=None,  # these pages would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # /v1/models/ is no route, and 307 is no answer of ours
+    )
     for route in routes:
         _add(app, route, service, traffic, max_choices)
     app.add_exception_handler(Refusal, _refused)
@@ -41,6 +46,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientGoneError, _gone)
     app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _failed)
     _complete_openapi(app, routes)
     return app
 
@@ -50,6 +56,7 @@ def _add(app: FastAPI, route: Route, service: Service, traffic: Traffic, max_cho
         context = Context(service, traffic, request, max_choices)
         if route.asked is None:
             return await route.answer(context)
+        context.admit()
         return await route.answer(context, await body.read(request, route.asked))
 
     replies: dict[int | str, dict[str, Any]] = {
@@ -124,6 +131,11 @@ async def _http(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {error.detail}."
     refusal = Refusal(error.status_code, message, headers=dict(error.headers or {}))
     return await _refused(request, refusal)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A mistake of ours; the gate writes it down."""
+    return await _refused(request, our_failure())
 
 
 async def _gone(request: Request, error: Exception) -> Response:

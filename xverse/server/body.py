@@ -65,7 +65,10 @@ async def _bytes(request: Request) -> bytes:
                 elif size > 8 * MAX_BYTES:
                     break
     except TimeoutError as error:
-        raise Refusal(408, f"The body did not arrive within {READ_S:g} s.") from error
+        # What is left of the body would be taken for the next request.
+        headers = {"connection": "close"}
+        why = f"The body did not arrive within {READ_S:g} s."
+        raise Refusal(408, why, code="request_timeout", headers=headers) from error
     if size > MAX_BYTES:
         raise Refusal(413, f"The body is longer than {MAX_BYTES} bytes.", code="request_too_large")
     return b"".join(parts)

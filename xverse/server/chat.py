@@ -14,7 +14,7 @@ from xverse.server.context import Context
 from xverse.server.logprobs import chat_logprobs
 from xverse.server.refusals import invalid, json_response
 from xverse.server.schema import ChatRequest
-from xverse.server.service import Service
+from xverse.server.service import Prompt, Service
 from xverse.server.sse import DONE, EventStream, event
 from xverse.server.turns import Call, Delta, Turn, Whole, deltas, whole
 
@@ -73,6 +73,7 @@ class _Reply:
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.name,
+            "system_fingerprint": service.fingerprint,
         }
 
     def whole(self, found: Sequence[Whole], turn: Turn) -> dict[str, Any]:
@@ -83,20 +84,21 @@ class _Reply:
             **self._head,
             "object": "chat.completion",
             "choices": choices,
-            "usage": usage(len(turn.prompts[0].ids), tokens),
+            "usage": usage(self._service, turn.prompts[:1], found[0].reused, tokens),
         }
 
     async def events(self, context: Context, turn: Turn) -> AsyncGenerator[bytes, None]:
         """The answer in chunks, as they become final."""
         with_usage = bool(self._asked.stream_options and self._asked.stream_options.include_usage)
         begun: set[int] = set()
-        tokens = 0
+        tokens = reused = 0
         found = deltas(self._service, context.tenant, turn, context.facts)
         async with aclosing(found):
             async for batch in found:
                 chunk = b""
                 for delta in batch:
                     tokens += delta.tokens
+                    reused += delta.reused if delta.choice == 0 else 0
                     if delta.choice not in begun:
                         begun.add(delta.choice)
                         opening = {"role": "assistant", "content": ""}
@@ -104,7 +106,7 @@ class _Reply:
                     chunk += self._delta(delta, with_usage=with_usage)
                 yield chunk
         if with_usage:
-            counts = usage(len(turn.prompts[0].ids), tokens)
+            counts = usage(self._service, turn.prompts[:1], reused, tokens)
             yield event({**self._chunk_head(), "choices": [], "usage": counts})
         yield DONE
 
@@ -158,12 +160,15 @@ class _Reply:
         }
 
 
-def usage(prompt: int, answer: int) -> dict[str, int]:
-    """Tokens, as OpenAI counts them: a prompt once, however many answers it has."""
+def usage(service: Service, prompts: Sequence[Prompt], reused: int, answer: int) -> dict[str, Any]:
+    """Tokens, as OpenAI counts them: a prompt once, however many answers it has. Of the prompts'
+    tokens `reused` were found in shared pages."""
+    prompt = sum(len(each.ids) for each in prompts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
+        "prompt_tokens_details": service.cache_use(prompts, reused),
     }
 
 

@@ -64,6 +64,7 @@ class _Choice:
     spoken: Spoken
     offset: int = 0
     tokens: int = 0
+    reused: int = 0
     text: str = ""
     finish: Finish | None = None
     logprobs: list[Logprob] = field(default_factory=list)
@@ -90,6 +91,7 @@ class _Reply:
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.name,
+            "system_fingerprint": service.fingerprint,
         }
 
     async def whole(self, context: Context) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class _Reply:
         mine = choice.spoken.take(piece.text, piece.logprobs, last=piece.finish is not None)
         choice.text += piece.text
         choice.tokens += len(piece.tokens)
+        choice.reused += piece.reused
         choice.finish = piece.finish
         choice.logprobs += mine
         choice.prompt_logprobs += piece.prompt_logprobs
@@ -153,11 +156,11 @@ class _Reply:
     ) -> dict[str, Any]:
         return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """A prompt counts once, however many choices it has; echoed tokens are no new ones."""
         each = self._asked.n or 1
-        prompt = sum(len(prompt.ids) for prompt in self._prompts[::each])
+        reused = sum(choice.reused for choice in self._choices[::each])
         answer = sum(choice.tokens for choice in self._choices)
         if self._asked.echo:
             answer -= sum(len(prompt.ids) for prompt in self._prompts)
-        return usage(prompt, answer)
+        return usage(self._service, self._prompts[::each], reused, answer)

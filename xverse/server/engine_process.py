@@ -1,9 +1,15 @@
 """THE ENGINE PROCESS. Owns the model: takes requests from the socket, computes step after step."""
 
+import os
+import select
 import signal
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
+from dataclasses import replace
+from typing import NoReturn
 
 from xverse import log
 from xverse.device import env
@@ -27,6 +33,8 @@ from xverse.server.messages import (
     frame,
 )
 
+END_S = 2.0  # for what is under way to end by itself
+
 
 def main(descriptor: int) -> int:
     """Serve the API process at the other end of the inherited socket until it goes away."""
@@ -36,20 +44,32 @@ def main(descriptor: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.setup(env("XVERSE_LOG_LEVEL", "WARNING").upper())
     connection = socket.socket(fileno=descriptor)
+    threading.Thread(target=_end_with, args=[connection], daemon=True).start()
     inbox = Inbox(connection)
     first = inbox.messages(wait=True)
     if not first:
         return 0
     start = first[0]
     assert isinstance(start, Start), "the first message says what to load"
-    try:
-        llm = _load(start)
-    except XverseError as error:
-        connection.sendall(frame(Broken(error.what, error.why, error.fix)))
-        return 1
     with suppress(ConnectionError):  # the API process is gone, and with it everybody who asked
+        try:
+            llm = _load(start)
+        except XverseError as error:
+            connection.sendall(frame(Broken(error.what, error.why, error.fix)))
+            return 1
         Server(llm.engine, connection, inbox).run(_ready(llm), first[1:])
     return 0
+
+
+def _end_with(connection: socket.socket) -> NoReturn:
+    """End this process soon after the API process, even in the midst of loading or of a step: one
+    that was killed cannot end it, and the model's memory would stay taken."""
+    poll = select.poll()
+    poll.register(connection, 0)  # closing is reported unasked
+    while not poll.poll():
+        pass
+    time.sleep(END_S)
+    os._exit(1)
 
 
 def _load(start: Start) -> LLM:
@@ -75,6 +95,7 @@ def _ready(llm: LLM) -> Ready:
         max_running=engine.max_running,
         vocab_size=engine.decoder.shape.vocab_size,
         device=str(next(engine.decoder.parameters()).device),
+        shared_page=engine.options.page_size if engine.options.share_prefixes else 0,
     )
 
 
@@ -129,7 +150,7 @@ class Server:
                 continue  # aborted while the step was under way
             last = True
             if isinstance(output, Token):
-                tokens.append(Token(number, output.id, output.finish, output.logprob, output.top))
+                tokens.append(replace(output, request=number))
                 last = output.finish is not None
             elif isinstance(output, Failed):
                 failures.append(_failure(number, output.error))

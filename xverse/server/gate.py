@@ -13,7 +13,7 @@ from xverse.log import logger
 from xverse.server.journal import Journal
 from xverse.server.limits import Keys
 from xverse.server.metrics import Metrics
-from xverse.server.refusals import Refusal, draining
+from xverse.server.refusals import Refusal, our_failure
 
 OPEN = frozenset({"/health", "/ready"})
 MAX_HEADERS = 100
@@ -82,8 +82,7 @@ class Gate:
         except Exception:
             logger.exception("request %s failed", name)
             if not status:
-                error = Refusal(500, "The server failed. Its log has more.", code="internal_error")
-                await error.response()(scope, receive, named)
+                await our_failure().response()(scope, receive, named)
         finally:
             self.traffic.active -= 1
             self._note(scope, name, status, time.perf_counter() - began)
@@ -106,12 +105,8 @@ class Gate:
             )
         if scope["path"] in OPEN:
             return
-        tenant = self.keys.tenant(headers.get(b"authorization", b"").decode("latin-1") or None)
-        scope["state"]["tenant"] = tenant
-        if scope["method"] == "POST":
-            if self.traffic.draining:
-                raise draining()
-            tenant.count_request()
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        scope["state"]["tenant"] = self.keys.tenant(authorization or None)
 
     def _ours(self, host: str) -> bool:
         """Whether a Host header means us. An address always does: only names can be rebound."""

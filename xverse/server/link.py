@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import replace
 
 from xverse.engine.request import Request, Scores, Token
 from xverse.errors import XverseError
@@ -38,11 +37,11 @@ class FailedError(Exception):
 
 
 class Flow:
-    """What comes of some requests; `request` of each token is its place among them."""
+    """What comes of some requests, with the place of each among them."""
 
     def __init__(self, link: "Link", places: dict[int, int]) -> None:
         self._link, self._places = link, places
-        self._box: list[Given] = []
+        self._box: list[tuple[int, Given]] = []
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
@@ -56,7 +55,7 @@ class Flow:
 
     def put(self, number: int, given: Given, *, last: bool) -> None:
         """Called by the link: this came of the request so numbered."""
-        self._box.append(replace(given, request=self._places[number]))
+        self._box.append((self._places[number], given))
         if last:
             del self._places[number]
         self._wake.set()
@@ -71,7 +70,7 @@ class Flow:
         self._places.pop(number, None)
         self._wake.set()
 
-    async def batches(self) -> AsyncIterator[list[Given]]:
+    async def batches(self) -> AsyncIterator[list[tuple[int, Given]]]:
         """What has come since the last time, again and again, until all requests have ended."""
         while True:
             while not self._box and self._error is None and self._places:

@@ -40,13 +40,15 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Engine -> API: the model is loaded. `context` and `capacity` are in tokens."""
+    """Engine -> API: the model is loaded. `context` and `capacity` are in tokens, and so is a page
+    that requests share: `shared_page`, 0 where they share none."""
 
     context: int
     capacity: int
     max_running: int
     vocab_size: int
     device: str
+    shared_page: int
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):

@@ -73,6 +73,8 @@ class Metrics:
         self._model = model
         self.running = self._gauge("num_requests_running", "Sequences in the engine's steps.")
         self.waiting = self._gauge("num_requests_waiting", "Sequences in either queue.")
+        self.queued_now = self._gauge("num_requests_queued", "Requests in the bounded queue.")
+        self.slots_used = self._gauge("num_slots_used", "Sequences let through to the engine.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Used share of KV pages, 0 to 1.")
         self.ready = self._gauge("engine_ready", "1 while requests can be answered.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")

@@ -90,6 +90,11 @@ def failed(error: XverseError) -> Refusal:
     )
 
 
+def our_failure() -> Refusal:
+    """A mistake in the server itself."""
+    return Refusal(500, "The server failed. Its log has more.", code="internal_error")
+
+
 def not_ready(state: str) -> Refusal:
     """There is no engine now."""
     return Refusal(

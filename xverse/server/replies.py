@@ -34,6 +34,35 @@ class Usage(Reply):
     total_tokens: int
 
 
+class CacheUse(Reply):
+    """Of the prompt's tokens, how many were found in shared pages, and how many went into such."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class AnswerUsage(Usage):
+    """Tokens of a prompt and its answers."""
+
+    prompt_tokens_details: CacheUse
+
+
+class ThoughtUse(Reply):
+    """Tokens of an answer that are not told: none."""
+
+    reasoning_tokens: Literal[0]
+
+
+class ResponseUsage(Reply):
+    """Tokens, in the words of /v1/responses."""
+
+    input_tokens: int
+    input_tokens_details: CacheUse
+    output_tokens: int
+    output_tokens_details: ThoughtUse
+    total_tokens: int
+
+
 class TopLogprob(Reply):
     """A token that could have stood there."""
 
@@ -95,8 +124,9 @@ class ChatReply(Reply):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: AnswerUsage
 
 
 class CompletionLogprobs(Reply):
@@ -124,8 +154,9 @@ class CompletionReply(Reply):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: AnswerUsage
 
 
 class ModelReply(Reply):
@@ -234,4 +265,4 @@ class ResponseReply(BaseModel):
     status: Literal["completed", "incomplete"]
     model: str
     output: list[dict[str, Any]]
-    usage: dict[str, Any]
+    usage: ResponseUsage

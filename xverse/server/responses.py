@@ -22,7 +22,7 @@ from xverse.server.responses_schema import (
     TextFormat,
 )
 from xverse.server.schema import JsonSchema, ResponseFormat
-from xverse.server.service import Service
+from xverse.server.service import Prompt, Service
 from xverse.server.sse import EventStream, event
 from xverse.server.turns import Call, Delta, Turn, deltas
 
@@ -34,7 +34,7 @@ Event = dict[str, Any]
 async def respond(context: Context, asked: ResponseRequest) -> Response:
     """The answer to a conversation given as items."""
     turn = await plan(context.service, asked)
-    reply = _Reply(context.service, asked, len(turn.prompts[0].ids))
+    reply = _Reply(context.service, asked, turn.prompts[0])
     if asked.stream:
         return EventStream(_streamed(context, reply, turn))
 
@@ -96,13 +96,13 @@ def _bytes(content: Event) -> bytes:
 class _Reply:
     """One answer in the making: its items so far, and the events that tell of them."""
 
-    def __init__(self, service: Service, asked: ResponseRequest, prompt_tokens: int) -> None:
-        self._asked, self._prompt_tokens = asked, prompt_tokens
+    def __init__(self, service: Service, asked: ResponseRequest, prompt: Prompt) -> None:
+        self._service, self._asked, self._prompt = service, asked, prompt
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created, self._model = int(time.time()), service.name
         self._items: list[Event] = []
         self._message: Event | None = None  # the item that text is being added to
-        self._tokens = self._sequence = 0
+        self._tokens = self._reused = self._sequence = 0
         self._cut = False
 
     def begin(self) -> list[Event]:
@@ -116,6 +116,7 @@ class _Reply:
         """Add what has become final; the events of it."""
         events: list[Event] = []
         self._tokens += delta.tokens
+        self._reused += delta.reused
         self._cut = self._cut or delta.finish == "length"
         if delta.content or delta.logprobs:
             events += self._say(delta)
@@ -218,11 +219,6 @@ class _Reply:
 
     def _response(self, status: str) -> Event:
         asked, ended = self._asked, status in ("completed", "incomplete")
-        counts = {
-            "input_tokens": self._prompt_tokens,
-            "output_tokens": self._tokens,
-            "total_tokens": self._prompt_tokens + self._tokens,
-        }
         choice = asked.tool_choice
         chosen = choice.model_dump() if isinstance(choice, FlatNamed) else choice or "auto"
         form = asked.text.format if asked.text else None
@@ -246,8 +242,18 @@ class _Reply:
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": asked.top_p,
             "truncation": "disabled",
-            "usage": counts if ended else None,
+            "usage": self._usage() if ended else None,
             "user": asked.user,
+        }
+
+    def _usage(self) -> Event:
+        prompt = len(self._prompt.ids)
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": self._service.cache_use([self._prompt], self._reused),
+            "output_tokens": self._tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},  # all that is written is told
+            "total_tokens": prompt + self._tokens,
         }
 
 

@@ -1,9 +1,10 @@
 """OPTIONS -> A SERVER THAT RUNS. Listens, keeps the engine alive, ends in order on SIGTERM."""
 
 import asyncio
+import math
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from xverse.checkpoint.load import open_checkpoint, open_tokenizer
+from xverse.checkpoint.load import Checkpoint, open_checkpoint, open_tokenizer
 from xverse.checkpoint.resolve import resolve, title_of
 from xverse.errors import XverseError
 from xverse.server.app import build_app
@@ -22,13 +23,19 @@ from xverse.server.limits import Keys
 from xverse.server.messages import Ready
 from xverse.server.metrics import Metrics
 from xverse.server.options import ServeOptions
+from xverse.server.protocol import Connection
 from xverse.server.queue import FairQueue
 from xverse.server.routes import GUIDE_ROUTES
 from xverse.server.service import Service
 from xverse.server.supervisor import Supervisor
 
-Mount = Callable[[FastAPI, str], object]  # adds pages to the app; given the server's own address
+# Adds pages to the app, given the server's own address and its model; what it returns stands
+# before the gate.
+Mount = Callable[[FastAPI, str, Checkpoint], Callable[[ASGIApp], ASGIApp]]
 QUIET_S = 0.05  # between two looks whether the last request is done
+# Of silence, until a connection is closed: longer than clients (5 s) and proxies (60 s) keep
+# theirs, for whoever closes must not be the one who does not know that a request is on its way.
+KEEP_ALIVE_S = 75
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,11 @@ class Running:
             self.supervisor,
             queue,
             self.metrics,
+            start,
         )
         self._mount = mount
         self._hurry = False
+        self._left_s = 1  # for what is written to arrive
 
     async def run(
         self, listening: Callable[[Listening], None], ready: Callable[[Ready], None]
@@ -82,14 +91,15 @@ class Running:
         options = self.options
         app = build_app(self.service, self.traffic, max_choices=options.max_choices)
         ear = listen(options.host, options.port)
-        servers = [(self._server(app), ear)]
+        before = None
+        if self._mount is not None:
+            before = self._mount(app, url_of(ear), self.service.checkpoint)
+        servers = [(self._server(app, before), ear)]
         guide = None
         if options.guide_port is not None:
             guide = listen(options.host, options.guide_port)
             pages = build_app(self.service, self.traffic, routes=GUIDE_ROUTES)
             servers.append((self._server(pages), guide))
-        if self._mount is not None:
-            self._mount(app, url_of(ear))
 
         def engine_ready(told: Ready) -> None:
             self.service.note_ready(told)
@@ -100,7 +110,7 @@ class Running:
         engine = asyncio.ensure_future(self.supervisor.run(engine_ready))
         heard = [asyncio.ensure_future(server.serve([ear])) for server, ear in servers]
         stop = asyncio.Event()
-        with self._signals(stop):
+        with self._signals(stop, [server for server, _ in servers]):
             listening(Listening(url_of(ear), url_of(guide) if guide else None))
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait({engine, stopping, *heard}, return_when=asyncio.FIRST_COMPLETED)
@@ -108,6 +118,8 @@ class Running:
                 await self._drain(engine)
             stopping.cancel()
             for server, _ in servers:
+                # Answers that are done may still be on their way to who reads slowly.
+                server.config.timeout_graceful_shutdown = self._left_s
                 server.should_exit = True
             await asyncio.gather(*heard)
             if engine.done():
@@ -124,10 +136,12 @@ class Running:
         until = loop.time() + self.options.drain_s
         while self.traffic.active and loop.time() < until and not (engine.done() or self._hurry):
             await asyncio.sleep(QUIET_S)
+        if not self._hurry:
+            self._left_s = max(1, math.ceil(until - loop.time()))
         self.journal.write("stopping", active=self.traffic.active)
 
-    def _server(self, app: ASGIApp) -> "_Quiet":
-        gate = Gate(
+    def _server(self, app: ASGIApp, before: Callable[[ASGIApp], ASGIApp] | None = None) -> "_Quiet":
+        gate: ASGIApp = Gate(
             app,
             keys=self.keys,
             hosts={self.options.host, *self.options.allowed_hosts},
@@ -136,28 +150,31 @@ class Running:
             journal=self.journal,
         )
         config = uvicorn.Config(
-            gate,
+            gate if before is None else before(gate),
             # The other parser has no bound on headers, which would be memory for anybody to take.
-            http="h11",
+            http=Connection,
             h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
             ws="none",
-            lifespan="off",
+            lifespan="off" if before is None else "on",  # pages start their queue there
             log_config=None,
+            log_level="error",  # its warnings are of what clients do wrong, in lines of no form
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=1,  # whoever is to be waited for has been waited for
+            timeout_keep_alive=KEEP_ALIVE_S,
             backlog=2048,
         )
         return _Quiet(config)
 
     @contextmanager
-    def _signals(self, stop: asyncio.Event) -> Iterator[None]:
+    def _signals(self, stop: asyncio.Event, servers: "Sequence[_Quiet]") -> Iterator[None]:
         """The first signal stops the server in order, and a second one at once."""
         loop = asyncio.get_running_loop()
 
         def heard() -> None:
             self._hurry = stop.is_set()
+            for server in servers:
+                server.force_exit = self._hurry
             stop.set()
 
         known = (signal.SIGTERM, signal.SIGINT)

@@ -20,12 +20,14 @@ from xverse.engine.output import Output
 from xverse.engine.request import Piece, Request, Sampling, Scores
 from xverse.errors import XverseError
 from xverse.server import refusals
+from xverse.server.fingerprint import fingerprint
 from xverse.server.limits import Tenant
 from xverse.server.link import EngineGoneError, FailedError, Flow
-from xverse.server.messages import Load, Ready
+from xverse.server.messages import Load, Ready, Start
 from xverse.server.metrics import Metrics
 from xverse.server.queue import FairQueue
 from xverse.server.supervisor import Supervisor
+from xverse.server.watch import Watch
 from xverse.text.chat import Message, chat_format
 from xverse.text.tokenizer import Tokenizer
 
@@ -52,10 +54,13 @@ class Service:
         supervisor: Supervisor,
         queue: FairQueue,
         metrics: Metrics,
+        start: Start,
     ) -> None:
         self.name, self.tokenizer, self.checkpoint = name, tokenizer, checkpoint
         self.supervisor, self.queue, self.metrics = supervisor, queue, metrics
         self.created = int(time.time())
+        self.fingerprint = ""  # told by `note_ready`, before which nothing is answered
+        self._start, self._shared_page = start, 0
 
     @property
     def context(self) -> int:
@@ -75,6 +80,8 @@ class Service:
         """Called whenever an engine is ready. A few more than can run at once are let through, so
         that a place that becomes free is taken in the very next step."""
         self.queue.slots = ready.max_running + max(2, ready.max_running // 8)
+        self.fingerprint = fingerprint(self.checkpoint, self._start, ready.device)
+        self._shared_page = ready.shared_page
 
     def require_model(self, name: str) -> None:
         """Refusal (404) where the client means another model."""
@@ -164,6 +171,13 @@ class Service:
                 f"There is no token {wrong}; ids go from 0 to {self.vocab_size - 1}.", param
             )
 
+    def cache_use(self, prompts: Sequence[Prompt], reused: int) -> dict[str, int]:
+        """Of these prompts' tokens, how many came from shared pages, and how many went into such:
+        only full pages are shared."""
+        page = self._shared_page
+        full = sum(len(each.ids) // page * page for each in prompts) if page else 0
+        return {"cached_tokens": reused, "cache_write_tokens": full - reused}
+
     async def pieces(
         self,
         tenant: Tenant,
@@ -183,10 +197,9 @@ class Service:
         async with self._flow(tenant, requests, watch) as flow:
             try:
                 async for batch in flow.batches():
-                    watch.tokens(sum(not isinstance(given, Scores) for given in batch))
+                    watch.tokens(sum(not isinstance(given, Scores) for _, given in batch))
                     found: list[tuple[int, Piece]] = []
-                    for given in batch:
-                        place = given.request
+                    for place, given in batch:
                         output = outputs[place]
                         if place not in open_places:
                             continue  # computed before the engine heard of the stop string
@@ -218,14 +231,14 @@ class Service:
         watch = Watch(self.metrics, sum(len(request.ids) for request in requests))
         async with self._flow(tenant, asked, watch) as flow:
             async for batch in flow.batches():
-                found |= {each.request: each for each in batch if isinstance(each, Scores)}
+                found |= {place: each for place, each in batch if isinstance(each, Scores)}
         tenant.spend_tokens(watch.prompt_tokens)
         watch.end(facts)
         return [found[place] for place in range(len(requests))]
 
     @asynccontextmanager
     async def _flow(
-        self, tenant: Tenant, requests: Sequence[Request], watch: "Watch"
+        self, tenant: Tenant, requests: Sequence[Request], watch: Watch
     ) -> AsyncIterator[Flow]:
         """The engine at work on these, once it is their turn. Whatever ends this ends them too."""
         if self.supervisor.link is None:
@@ -248,49 +261,6 @@ class Service:
                         if held and not watch.answer_tokens:  # it was never compiled
                             raise refusals.of_model(why, "response_format") from failure
                         raise refusals.failed(why) from failure
-
-
-class Watch:
-    """Times and counts one request."""
-
-    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
-        self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
-        self._metrics = metrics
-        self._arrived = self._last = time.monotonic()
-        self._first_s: float | None = None
-        self._waited_s = 0.0
-
-    def begin(self, waited_s: float) -> None:
-        """It goes to the engine now."""
-        self._waited_s = waited_s
-        self._metrics.queued.observe(waited_s)
-        self._metrics.prompt_tokens.inc(self.prompt_tokens)
-        self._metrics.queries.inc(self.prompt_tokens)
-        self._metrics.prompt_size.observe(self.prompt_tokens)
-
-    def tokens(self, count: int) -> None:
-        """So many tokens came now."""
-        if not count:
-            return
-        now = time.monotonic()
-        if self._first_s is None:
-            self._first_s = now - self._arrived
-            self._metrics.first_token.observe(self._first_s)
-        else:
-            self._metrics.gap.observe(now - self._last)
-        self._last = now
-        self.answer_tokens += count
-        self._metrics.generated.inc(count)
-
-    def end(self, facts: dict[str, object]) -> None:
-        """Nothing more comes; `facts` get the numbers."""
-        self._metrics.whole.observe(time.monotonic() - self._arrived)
-        self._metrics.answer_size.observe(self.answer_tokens)
-        facts["prompt_tokens"] = self.prompt_tokens
-        facts["completion_tokens"] = self.answer_tokens
-        facts["queue_ms"] = round(self._waited_s * 1000, 1)
-        if self._first_s is not None:
-            facts["first_token_ms"] = round(self._first_s * 1000, 1)
 
 
 @contextmanager

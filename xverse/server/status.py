@@ -25,6 +25,8 @@ async def metrics(context: Context) -> Response:
     """All metrics as Prometheus reads them."""
     service = context.service
     service.metrics.waiting.set(service.supervisor.load.waiting + service.queue.waiting)
+    service.metrics.queued_now.set(service.queue.waiting)
+    service.metrics.slots_used.set(service.queue.used)
     service.metrics.engine.set_restarts(service.supervisor.restarts)
     service.metrics.ready.set(service.supervisor.link is not None)
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -64,15 +64,16 @@ class Supervisor:
     async def _live(self, started: Callable[[Ready], None]) -> float:
         """One engine process, from its start to its end; for how many seconds it was ready."""
         ours, theirs = socket.socketpair()  # has no name, so nobody else can connect
-        with theirs:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "xverse.server.engine_process",
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-            )
+        command = (sys.executable, "-m", "xverse.server.engine_process", str(theirs.fileno()))
+        try:
+            with theirs:
+                self.process = await asyncio.create_subprocess_exec(
+                    *command, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL
+                )
+        except OSError as error:  # memory or processes are short now, and may not be soon
+            ours.close()
+            logger.error("the engine process cannot be started: %s", error)
+            return 0.0
         self._link = Link(self._notice)
         try:
             self.ready = await self._link.open(ours, self._start)

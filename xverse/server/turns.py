@@ -34,6 +34,7 @@ class Delta:
     tokens: int = 0
     logprobs: tuple[Logprob, ...] = ()
     finish: TurnFinish | None = None
+    reused: int = 0  # tokens of the prompt that were not computed again
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Whole:
     tokens: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     finish: TurnFinish = "stop"
+    reused: int = 0
 
     def add(self, delta: Delta) -> None:
         """One more."""
@@ -87,6 +89,7 @@ class Whole:
         self.calls += delta.calls
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
+        self.reused += delta.reused
         self.finish = delta.finish or self.finish
 
 
@@ -124,7 +127,10 @@ class Speaker:
             self.finish = self._reason(piece.finish)
         if calls and not self._parallel:
             self.finish = "tool_calls"
-        return Delta(self._choice, content, calls, len(piece.tokens), tuple(logprobs), self.finish)
+        tokens = len(piece.tokens)
+        return Delta(
+            self._choice, content, calls, tokens, tuple(logprobs), self.finish, piece.reused
+        )
 
     def _apart(self, text: str, *, last: bool) -> tuple[str, tuple[Call, ...]]:
         if self._stream is None:

@@ -1,5 +1,6 @@
 """TEXT <-> IDS. The tokenizer: loads old and new files, encodes safely, decodes by bytes."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -139,6 +140,23 @@ class Tokenizer:
             ids += self._spell(id) if id in self.special_ids and not was_added else [id]
         return ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text as `encode` gives them without anything added, on every core.
+
+        `tokenizers` spreads a batch over threads; TOKENIZERS_PARALLELISM=false keeps it to one.
+        """
+        sound = [_sound(text) for text in texts]
+        encodings = _guard(
+            "The texts can't be encoded.",
+            lambda: self._plain.encode_batch_fast(sound, add_special_tokens=False),
+        )
+        return [
+            encoding.ids
+            if self.special_ids.isdisjoint(encoding.ids)
+            else self.encode(text, add_special=False)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. XverseError for unknown ids."""
         skipped = self.special_ids if skip_special else frozenset()
@@ -152,6 +170,10 @@ class Tokenizer:
         if known is None:
             known = self._bytes[id] = self._compute_bytes(id)
         return known
+
+    def sha256(self) -> str:
+        """Hex sha256 of tokenizer.json as `save` writes it: the same for all files that mean it."""
+        return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(
         self,

@@ -77,7 +77,8 @@ def is_quantized(path: Path | None, random_weights: bool) -> bool:
 
 def open_engine(config: "SubjectOptions", subject: "Subject") -> "Engine | SpreadEngine":
     """The engine as `LLM` has it, with room for as many at once as are asked for."""
-    from xverse.engine.engine import Engine, EngineOptions
+    from xverse.engine.engine import Engine
+    from xverse.engine.options import EngineOptions
 
     if config.tensor_parallel != 1:
         return _open_parallel(config)
@@ -108,6 +109,7 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
     from xverse.device import pick_dtype
     from xverse.model.fresh import random_decoder
     from xverse.model.fuse import fuse
+    from xverse.quant.prepare import prepare
     from xverse.quant.quantize import quantize
 
     if config.random_weights:
@@ -118,11 +120,11 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
         decoder = load(subject.path, dtype=config.dtype, device=config.device).decoder
     if config.quantize is not None:
         quantize(decoder, config.quantize)
-    return fuse(decoder)
+    return prepare(fuse(decoder))
 
 
 def _engine_options(config: "SubjectOptions", subject: "Subject") -> dict[str, Any]:
-    from xverse.engine.engine import EngineOptions
+    from xverse.engine.options import EngineOptions
 
     usual = EngineOptions().on(subject.device)
     assert usual.max_running is not None, "`on` leaves nothing open"

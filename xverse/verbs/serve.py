@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +14,18 @@ from xverse.errors import XverseError
 from xverse.verbs._options import ModelOptions
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from collections.abc import Callable
 
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp
+
+    from xverse.checkpoint.load import Checkpoint
     from xverse.server.messages import Ready
     from xverse.server.options import ServeOptions
     from xverse.server.run import Listening, Mount
+
+
+PAGES = "/web"  # where the pages are, beside the API
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Config(ModelOptions):
     guide_port: int = 6006
     """Port of the published service."""
     web: bool = False
-    """Also serve the web pages."""
+    """Also serve the web pages, at /web; visitors are asked for a key where there are keys."""
     log_requests: bool = True
     """Write one JSON line a request to standard error; prompts are never in it."""
 
@@ -160,22 +168,19 @@ def _require(*packages: str) -> None:
 
 
 def _pages(options: "ServeOptions") -> "Mount":
-    if options.keys:
-        raise XverseError(
-            "The web pages cannot be served where a key is asked for.",
-            "A browser that opens a page sends no key.",
-            "Leave --web out, and run beside it: xverse web --url URL --api-key KEY",
-        )
     if find_spec("gradio") is None:
         raise XverseError(
             "There are no web pages here.",
             "They need Gradio, which the base installation leaves out.",
             'Install it with: pip install "xverse-llm[web]", or leave --web out.',
         )
+    from xverse.web.door import Door
     from xverse.web.http_client import OverHttp
     from xverse.web.site import mount
 
-    def pages(app: "FastAPI", url: str) -> None:
-        mount(app, OverHttp(f"{url}/v1", options.name, starting=True))
+    def pages(app: "FastAPI", url: str, served: "Checkpoint") -> "Callable[[ASGIApp], ASGIApp]":
+        client = OverHttp(f"{url}/v1", options.name, served=served)
+        mount(app, client, path=PAGES, keys=bool(options.keys))
+        return partial(Door, path=PAGES) if options.keys else lambda gate: gate
 
     return pages

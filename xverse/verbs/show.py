@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 if TYPE_CHECKING:
     from xverse.model.shape import ModelShape
+    from xverse.quant.report import Report
 
 GIB = 2**30
 
@@ -41,10 +43,17 @@ def run(config: Config) -> int:
         "memory_context": context,
         "memory_bytes": memory(shape, context),
     }
+    report = _report(path)
+    if report is not None:
+        facts["quantization"] = report.to_json()
     if config.json:
         print(json.dumps(facts, ensure_ascii=False))
         return 0
     _print(shape, title, path, context, config.device)
+    if report is not None:
+        print(
+            "\n" + "".join(c if c.isprintable() or c == "\n" else "?" for c in report.to_markdown())
+        )
     return 0
 
 
@@ -70,8 +79,6 @@ def memory(shape: "ModelShape", context: int) -> dict[str, dict[str, int]]:
 
 def _shape(model: str) -> tuple["ModelShape", str, str | None]:
     """Shape, title and place; a published shape's name needs no folder."""
-    from pathlib import Path
-
     from xverse.checkpoint.load import open_checkpoint
     from xverse.checkpoint.resolve import resolve, title_of
     from xverse.model.catalog import CATALOG
@@ -81,6 +88,18 @@ def _shape(model: str) -> tuple["ModelShape", str, str | None]:
         return published, f"{model} (published shape)", None
     path = resolve(model)
     return open_checkpoint(path).shape, title_of(model), str(path)
+
+
+def _report(path: str | None) -> "Report | None":
+    """What the quantization of a folder has cost, if its manifest says so."""
+    from xverse.checkpoint.folder import MANIFEST
+    from xverse.files import is_there, read_json
+    from xverse.quant.report import Report
+
+    if path is None or not is_there(Path(path) / MANIFEST):
+        return None
+    facts = read_json(Path(path) / MANIFEST).get("quantization")
+    return Report.from_json(facts) if isinstance(facts, dict) else None
 
 
 def _print(shape: "ModelShape", title: str, path: str | None, context: int, device: str) -> None:

@@ -10,6 +10,7 @@ from xverse.engine.request import Sampling
 from xverse.web.client import Client, paced
 from xverse.web.controls import chat_sampling, chat_sliders
 from xverse.web.conversation import Conversation
+from xverse.web.door import visitor_key
 from xverse.web.sessions import Sessions, told
 from xverse.web.words import Words
 
@@ -198,7 +199,8 @@ class ChatPage:
             text, finish = "", None
             yield _shown(asked), asked
             try:
-                with closing(paced(self.client.stream_chat(asked.messages(), sampling))) as pieces:
+                client = self.client.of(visitor_key(request.headers))
+                with closing(paced(client.stream_chat(asked.messages(), sampling))) as pieces:
                     for piece in pieces:
                         text, finish = text + piece.text, piece.finish
                         if running.stopped:

@@ -29,6 +29,9 @@ class Client(Protocol):
     def defaults(self) -> Sampling:
         """How the model wants its tokens chosen, every option set; max_tokens may be None."""
 
+    def of(self, key: str | None) -> "Client":
+        """The same model, asked with a visitor's API key where one is needed and none given."""
+
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], sampling: Sampling
     ) -> Iterator[Piece]:
@@ -47,6 +50,10 @@ class InProcess:
         self.context = llm.context
         self.defaults = Sampling().over(llm.model.checkpoint.generation_config)
         self._llm = llm
+
+    def of(self, key: str | None) -> "InProcess":
+        """As `Client` says: here no key is needed."""
+        return self
 
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], sampling: Sampling

@@ -35,8 +35,12 @@ class Front:
     address by a redirect, anything else (a client of the API) as it is.
     """
 
-    def __init__(self, app: ASGIApp, *, path: str, languages: tuple[str, ...]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, path: str, languages: tuple[str, ...], others: tuple[str, ...] = ()
+    ) -> None:
+        """`others` are places below `path` that are of no language."""
         self.app, self.path, self.languages = app, path.rstrip("/"), languages
+        self._known = {*languages, *others}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -51,7 +55,7 @@ class Front:
             await send(message)
 
         rest = asked[len(self.path) :].lstrip("/")
-        if rest.split("/")[0] in self.languages:
+        if rest.split("/")[0] in self._known:
             await self.app(scope, receive, send_safely)
             return
         language = self._language(Headers(scope=scope).get("accept-language", ""))

@@ -8,6 +8,7 @@ import gradio as gr
 
 from xverse.web.client import Client, paced
 from xverse.web.controls import generation_sampling, generation_sliders
+from xverse.web.door import visitor_key
 from xverse.web.sessions import Sessions, told
 from xverse.web.words import Words
 
@@ -32,7 +33,8 @@ class GenerationPage:
         with told(), self.sessions.answering(request.session_hash) as running:
             sampling, text = generation_sampling(sliders), ""
             yield text
-            with closing(paced(self.client.stream_text(prompt, sampling))) as pieces:
+            client = self.client.of(visitor_key(request.headers))
+            with closing(paced(client.stream_text(prompt, sampling))) as pieces:
                 for piece in pieces:
                     if running.stopped:
                         break

@@ -1,13 +1,17 @@
 """PAGE -> SERVER. The same questions asked of an OpenAI-style server over HTTP."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import httpx
 
 from xverse.engine.request import Finish, Piece, Sampling
 from xverse.errors import XverseError
+
+if TYPE_CHECKING:
+    from xverse.checkpoint.load import Checkpoint
 
 # generation_config.json of the published chat models; a server does not tell its own.
 PUBLISHED = Sampling(
@@ -22,7 +26,7 @@ class OverHttp:
     """The client of a server at `url` (such as http://127.0.0.1:8000/v1), and of one model of it.
 
     Without `model` it is the first that the server lists. Raises XverseError where there is none.
-    With `starting` the server is not asked yet: it is about to start, and serves `model`.
+    With `served` the server is not asked yet: it is about to start, and calls that `model`.
     """
 
     def __init__(
@@ -32,18 +36,29 @@ class OverHttp:
         key: str | None = None,
         title: str | None = None,
         *,
-        starting: bool = False,
+        served: "Checkpoint | None" = None,
     ) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
         # trust_env: a proxy of the environment is for the world, and this is a server of ours.
-        self._http = httpx.Client(headers=headers, timeout=TIMEOUT, trust_env=False)
+        self._http = httpx.Client(timeout=TIMEOUT, trust_env=False)
         self._url = url.rstrip("/")
-        entry = {"id": model} if starting else self._listed(model)
+        if served is None:
+            entry = self._listed(model)
+        else:
+            entry = {"id": model, "max_model_len": served.shape.context_length}
         self.model = str(entry["id"])
         self.title = title or self.model.rstrip("/").rsplit("/", 1)[-1]
         length = entry.get("max_model_len")
         self.context = length if isinstance(length, int) and length > 1 else CONTEXT
-        self.defaults = PUBLISHED
+        self.defaults = PUBLISHED if served is None else Sampling().over(served.generation_config)
+
+    def of(self, key: str | None) -> "OverHttp":
+        """As `Client` says."""
+        if self._key or not key:
+            return self
+        found = copy.copy(self)
+        found._key = key
+        return found
 
     def stream_chat(
         self, messages: Sequence[Mapping[str, str]], sampling: Sampling
@@ -61,7 +76,7 @@ class OverHttp:
 
     def _listed(self, model: str | None) -> dict[str, object]:
         try:
-            reply = self._http.get(f"{self._url}/models")
+            reply = self._http.get(f"{self._url}/models", headers=self._headers())
             _refuse(reply)
             entries = cast(list[dict[str, object]], reply.json()["data"])
             found = [entry for entry in entries if model is None or entry["id"] == model]
@@ -84,7 +99,10 @@ class OverHttp:
         request = {"model": self.model, "stream": True, **body, **_options(sampling)}
         ended = False
         try:
-            with self._http.stream("POST", self._url + route, json=request) as reply:
+            headers = self._headers()
+            with self._http.stream(
+                "POST", self._url + route, json=request, headers=headers
+            ) as reply:
                 if reply.status_code != 200:
                     reply.read()
                 _refuse(reply)
@@ -105,6 +123,9 @@ class OverHttp:
                 "The server closed the connection before the end.",
                 "Ask again; the server's own log tells more.",
             )
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
     def _unreachable(self, error: httpx.HTTPError) -> XverseError:
         return XverseError(

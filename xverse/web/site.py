@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from xverse.errors import XverseError
+from xverse.web import door
 from xverse.web.chat_page import ChatPage
 from xverse.web.client import Client
 from xverse.web.front import Front
@@ -55,11 +56,13 @@ def mount(
     page: Page = "both",
     lang: Lang = "auto",
     auth: tuple[str, str] | None = None,
+    keys: bool = False,
 ) -> None:
     """Put the pages into an application, at `path` and below it.
 
-    With `auth`, a name and a password, they ask for these. Requests outside of `path` are not
-    touched. To be called before the application starts.
+    With `auth`, a name and a password, they ask for these; with `keys` the application stands
+    behind a `Door`. Requests outside of `path` are not touched. To be called before the application
+    starts.
     """
     languages = tuple(LANGUAGES) if lang == "auto" else (lang,)
     for language in languages:
@@ -84,7 +87,10 @@ def mount(
         # heartbeat would take another of every tab, and four tabs would wait for each other.
         built.config["connect_heartbeat"] = False
     first = tuple(sorted(languages, key=lambda language: language != FALLBACK))
-    app.add_middleware(Front, path=path, languages=first)
+    if keys:
+        place = f"{path.rstrip('/')}/{door.NAME}"
+        app.add_api_route(place, door.take, methods=["POST"], include_in_schema=False)
+    app.add_middleware(Front, path=path, languages=first, others=(door.NAME,) if keys else ())
 
 
 def serve(

@@ -16,9 +16,15 @@ class Words:
     """The words of one language."""
 
     language: str  # its own name for itself
+    tag: str  # and what HTML calls it
     chat: str
     generation: str
     flip: str
+    # the form that asks for a key
+    key: str
+    key_kept: str
+    key_wrong: str
+    enter: str
     # chat
     welcome: str
     message: str
@@ -57,9 +63,14 @@ class Words:
 
 ZH = Words(
     language="中文",
+    tag="zh",
     chat="对话",
     generation="文本续写",
     flip="切换深色与浅色",
+    key="API 密钥",
+    key_kept="密钥只保存在本浏览器中，关闭浏览器后即失效。",
+    key_wrong="此服务器不认识这个密钥。",
+    enter="进入",
     welcome="有什么可以帮您？",
     message="消息",
     write_here="输入消息",
@@ -105,9 +116,14 @@ ZH = Words(
 
 EN = Words(
     language="English",
+    tag="en",
     chat="Chat",
     generation="Text generation",
     flip="Switch between dark and light",
+    key="API key",
+    key_kept="Only this browser keeps it, until it is closed.",
+    key_wrong="This server does not know that key.",
+    enter="Enter",
     welcome="What can I do for you?",
     message="Message",
     write_here="Write a message",
@@ -153,9 +169,14 @@ EN = Words(
 
 JA = Words(
     language="日本語",
+    tag="ja",
     chat="チャット",
     generation="文章生成",
     flip="ダークとライトを切り替える",
+    key="API キー",
+    key_kept="キーはこのブラウザーだけが保持し、閉じると消えます。",
+    key_wrong="このサーバーはそのキーを知りません。",
+    enter="入る",
     welcome="何をお手伝いしましょうか？",
     message="メッセージ",
     write_here="メッセージを入力",

@@ -1,0 +1,57 @@
+"""Predictions: by the formulas, against what is counted."""
+
+import dataclasses
+
+import pytest
+
+from tests.train.tiny import options
+from xverse.model.catalog import CATALOG, from_depth
+from xverse.train import flops, predict
+from xverse.train.options import Computing, Updating
+
+
+def test_operations_of_a_token_are_the_specifications() -> None:
+    """spec: 7B at 4,096: 44.55 G strict, 47.77 G by PaLM's formula without the embedding."""
+    shape = CATALOG["xverse-7b"]
+    assert flops.strict(shape, 4096) == pytest.approx(44.55e9, rel=1e-3)
+    embedding = 6 * shape.vocab_size * shape.hidden_size
+    assert flops.palm(shape, 4096) - embedding == pytest.approx(47.77e9, rel=1e-3)
+
+
+def test_states_of_a_7b_are_the_known_ones() -> None:
+    shape = CATALOG["xverse-7b"]
+    training = options(rows_per_pass=1, rows_per_step=1)
+    rich = predict.memory(shape, training, dtype="bfloat16", ranks=1)
+    states = rich.weights + rich.masters + rich.moments + rich.gradients
+    assert states == 16 * shape.num_parameters
+    lean = dataclasses.replace(training, update=Updating(master="none", moments="bfloat16"))
+    told = predict.memory(shape, lean, dtype="bfloat16", ranks=1)
+    assert told.weights + told.masters + told.moments + told.gradients == pytest.approx(
+        58e9, rel=0.01
+    )
+    assert told.total == sum(dataclasses.asdict(told).values())
+    spread = predict.memory(shape, training, dtype="bfloat16", ranks=4)
+    assert spread.moments == pytest.approx(rich.moments / 4, rel=1e-6)
+    assert spread.gathered > 0
+
+
+def test_recompute_is_reckoned_with() -> None:
+    shape = CATALOG["xverse-7b"]
+    none, selective, full = (
+        predict.memory(
+            shape, options(compute=Computing(recompute=how)), dtype="bfloat16", ranks=1
+        ).activations
+        for how in ("none", "selective", "full")
+    )
+    assert none > selective > full
+
+
+def test_depth_is_one_dial() -> None:
+    shape = from_depth(12, 32_000, 2048)
+    assert (shape.hidden_size, shape.num_attention_heads, shape.intermediate_size) == (
+        768,
+        12,
+        2048,
+    )
+    assert shape.num_parameters == pytest.approx(134e6, rel=0.01)
+    assert from_depth(32, 100, 64).head_dim == 128

@@ -1,0 +1,1 @@
+"""TEXT -> BATCHES. Corpora read, cleaned, mixed, cut into tokenized shards, packed into rows."""

@@ -1,0 +1,1 @@
+"""MODEL -> REPORT. Benchmarks with their published prompts, their errors and their plots."""

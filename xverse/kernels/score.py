@@ -1,0 +1,78 @@
+"""X, HEAD, TARGETS -> LOSS. Cross-entropy of a large vocabulary, without its logits ever whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xverse.kernels import dispatch
+from xverse.kernels.reference_train import Scored
+
+LOGITS = 2**28  # alive at a time: 0.5 GiB in bf16, and 2,560 tokens of a vocabulary of 100,534
+STEP = 256  # rows are a multiple of it, which is whole tiles of the product
+
+
+def cross_entropy(
+    x_TD: Tensor,
+    head_VD: Tensor,
+    targets_T: Tensor,
+    mask_T: Tensor,
+    *,
+    z_factor: float = 0.0,
+    rows: int | None = None,
+) -> Scored:
+    """Summed loss of the targets in the mask, as x @ head.T predicts them, `rows` at a time.
+
+    Twin: `reference_train.cross_entropy`. `loss` carries the gradient of loss + z_factor * z_loss,
+    which is computed on the way; `z_loss` carries none.
+    """
+    rows = rows or max(STEP, LOGITS // head_VD.shape[0] // STEP * STEP)
+    loss, z_loss = _Chunks.apply(x_TD, head_VD, targets_T, mask_T, z_factor, rows)  # type: ignore[no-untyped-call]
+    return Scored(loss, z_loss)
+
+
+class _Chunks(torch.autograd.Function):
+    """Loss and gradients in one pass: logits of a chunk are made once, used, and forgotten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        head_VD: Tensor,
+        targets_T: Tensor,
+        mask_T: Tensor,
+        z_factor: float,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        score = dispatch.score(x_TD.device).call
+        wants_x, wants_head = ctx.needs_input_grad[:2]
+        x_gradient = torch.empty_like(x_TD) if wants_x else None
+        # Summed in fp32: a chunk's part of a gradient is below bf16's last place of the sum.
+        head_gradient = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
+        sums = torch.zeros(2, dtype=torch.float32, device=x_TD.device)
+        parts = (tensor.split(rows) for tensor in (x_TD, targets_T, mask_T))
+        for start, (x, targets, mask) in enumerate(zip(*parts, strict=True)):
+            logits = functional.linear(x, head_VD)
+            loss, z_loss, gradient = score(logits, targets, mask, z_factor)
+            sums += torch.stack((loss, z_loss))
+            if x_gradient is not None:
+                torch.mm(gradient, head_VD, out=x_gradient[start * rows : (start + 1) * rows])
+            if head_gradient is not None:
+                head_gradient += gradient.T @ x
+        ctx.save_for_backward(x_gradient, head_gradient)
+        ctx.head_dtype = head_VD.dtype
+        loss_sum, z_sum = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(z_sum)
+        return loss_sum, z_sum
+
+    @staticmethod
+    def backward(
+        ctx: Any, upstream: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        x_gradient, head_gradient = ctx.saved_tensors
+        if x_gradient is not None:
+            x_gradient = x_gradient * upstream.to(x_gradient.dtype)
+        if head_gradient is not None:
+            head_gradient = (head_gradient * upstream).to(ctx.head_dtype)
+        return x_gradient, head_gradient, None, None, None, None

@@ -1,0 +1,1 @@
+"""BATCHES -> BETTER MODEL. The one training loop, and what keeps a run from being lost."""

@@ -1,0 +1,145 @@
+"""SHAPE OR FOLDER -> DECODER TO TRAIN. Weights fresh or loaded, and what is put around them.
+
+Each step takes a decoder and gives one, in a fixed order: 8-bit products, balance of experts,
+recompute, compile, shards.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager as ContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from xverse.checkpoint import load
+from xverse.checkpoint.weights import open_weights
+from xverse.device import pick_dtype
+from xverse.model.decoder import Block, Decoder
+from xverse.model.feedforward import MixtureOfExperts
+from xverse.model.shape import ModelShape
+from xverse.parallel.fsdp import shard
+from xverse.parallel.ranks import Ranks
+from xverse.train import balance, eight_bits
+from xverse.train.options import Computing, Training
+
+STD = 0.02  # `initializer_range` of the published configs
+
+# What selective recompute keeps: results that cost much to make again, for the room they take.
+KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._flash_attention_forward.default,
+)
+
+
+def fresh(shape: ModelShape, options: Training, ranks: Ranks) -> Decoder:
+    """A decoder of this shape with new weights: the same ones for a seed and any number of ranks.
+
+    Normal with the published deviation, norms one, biases zero; a router stays in fp32.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(shape).to(dtype_of(options.compute, ranks))
+    for block in decoder.model.layers:
+        if isinstance(block.mlp, MixtureOfExperts):
+            block.mlp.router.float()
+    decoder = prepared(decoder, options, ranks).to_empty(device=ranks.device)
+    _fill(decoder, options.seed)
+    return decoder.train()
+
+
+def continued(shape: ModelShape, folder: Path, options: Training, ranks: Ranks) -> Decoder:
+    """The decoder of a model folder, of this shape: that of its config, or with another rope."""
+    checkpoint = load.open_checkpoint(folder)
+    dtype = dtype_of(options.compute, ranks)
+    decoder = load.build(checkpoint, open_weights(folder), dtype, ranks.device)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.clone()  # on a CPU they are the files' own memory
+    decoder.shape = decoder.rope.shape = shape
+    return prepared(decoder.requires_grad_(True), options, ranks).train()
+
+
+def dtype_of(compute: Computing, ranks: Ranks) -> torch.dtype:
+    """What is computed in: bf16 on a GPU unless another is asked for, fp32 on a CPU."""
+    if compute.dtype == "auto" and ranks.device.type == "cpu":
+        return torch.float32
+    return pick_dtype(compute.dtype, ranks.device)
+
+
+def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
+    """The decoder with all that is put around it, as the options say."""
+    compute = options.compute
+    if compute.fp8:
+        decoder = eight_bits.multiply_in_fp8(decoder, ranks.device)
+    if decoder.shape.num_experts and compute.balance:
+        decoder = balance.balanced(decoder)
+    decoder = recompute(decoder, compute.recompute)
+    if compute.compile == "yes" or (compute.compile == "auto" and ranks.device.type == "cuda"):
+        decoder = compiled(decoder)
+    return shard(decoder, ranks, options.mesh.resolve(ranks.size), reshard=compute.reshard)
+
+
+def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> Decoder:
+    """Blocks compiled by PyTorch when they first run: once, for all of them.
+
+    A block's number is no part of it: training keeps no keys and values to find again, and code
+    that is made for one number is made anew for the next, and after eight of them not at all.
+    """
+    for block in decoder.model.layers:
+        cast(Block, block).self_attn.layer = 0
+        block.compile(backend=backend)
+    return decoder
+
+
+def recompute(decoder: Decoder, how: str) -> Decoder:
+    """Blocks that compute again in the backward pass what they did not keep in the forward pass:
+    nothing ("none"), all but products and attention ("selective"), or all ("full")."""
+    if how == "none":
+        return decoder
+    contexts = _selective if how == "selective" else noop_context_fn
+    for block in decoder.model.layers:
+        again: Callable[..., Tensor] = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+        )
+        block.forward = again
+    return decoder
+
+
+def _selective() -> tuple[ContextManager[Any], ContextManager[Any]]:
+    def policy(_context: object, operation: object, *_args: object, **_named: object) -> object:
+        if operation in KEPT:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@torch.no_grad()
+def _fill(decoder: Decoder, seed: int) -> None:
+    """New weights, one after another; a rank takes its part of each."""
+    device = decoder.model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter.fill_(float(name.endswith("weight")))
+            continue
+        whole = torch.empty(parameter.shape, device=device).normal_(0.0, STD, generator=generator)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            parameter.to_local().copy_(part.to_local())
+        else:
+            parameter.copy_(whole)

@@ -1,0 +1,270 @@
+"""BATCHES -> BETTER MODEL. The only training loop: step after step, judged, counted and kept."""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+
+from xverse.data.loader import Loader, Position, Prefetch, Step
+from xverse.errors import XverseError
+from xverse.model.decoder import Decoder
+from xverse.parallel.fsdp import accumulate
+from xverse.parallel.ranks import Ranks
+from xverse.train import flops
+from xverse.train.checkpoints import Checkpoints, Loaded
+from xverse.train.evaluate import Held, evaluate
+from xverse.train.journal import Journal, progress_line
+from xverse.train.objective import Objective
+from xverse.train.optimizer import Optimizer
+from xverse.train.options import Training
+from xverse.train.schedule import learning_rate
+from xverse.train.stop import Stop
+from xverse.train.watchdog import Watchdog
+
+PACE = 20  # latest steps that the time left is reckoned from
+
+Outcome = Literal["done", "stopped"]
+
+
+class Measured(NamedTuple):
+    """A step that was computed and not yet applied, the same on all ranks."""
+
+    loss: float
+    norm: float
+    also: dict[str, float]
+
+
+class Run:
+    """A decoder, what it shall learn from, and everything that keeps it from being lost.
+
+    `loader` gives the steps; `validation` is evaluated by its parts, each from its beginning. All
+    ranks run it alike. After `run` the optimizer has the weights.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        objective: Objective,
+        loader: Loader,
+        options: Training,
+        *,
+        ranks: Ranks,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        validation: Mapping[str, Held] | None = None,
+    ) -> None:
+        self.decoder, self.objective, self.loader = decoder, objective, loader
+        self.options, self.ranks, self.journal = options, ranks, journal
+        self.checkpoints, self.validation = checkpoints, validation or {}
+        self.optimizer = Optimizer(decoder, options.update, seed=options.seed)
+        self.watchdog = Watchdog(options.watch)
+        self.step = 0  # updates that were made
+        self.tokens = 0  # that were learned from
+        self.position = Position()  # of the next step's data
+        self._saved = -1  # the step of the latest checkpoint
+        self._paces: deque[float] = deque(maxlen=PACE)
+        self._peak = flops.peak(ranks.device)
+
+    def run(self, stop: Stop, *, began: float | None = None) -> Outcome:
+        """Go on from the newest checkpoint, or begin; until the last step, or until `stop` is
+        asked, which is saved within a step. `began`: the time.time() at which the process did.
+
+        Raises XverseError where the run cannot go on: no whole checkpoint, other options than it
+        was begun with, or bad steps that rolling back does not cure.
+        """
+        began = began or time.time()
+        self.journal.note("start", time=began)
+        self._resume()
+        self.journal.note("ready", step=self.step, seconds=time.time() - began)
+        data = Prefetch(self.loader.steps(self.position))
+        try:
+            while self.step < self.options.steps:
+                if self.ranks.any(bool(stop.asked)):
+                    return self._stopped(stop)
+                asked = time.monotonic()
+                step = next(data)
+                self._advance(step, time.monotonic() - asked, stop)
+            self._save(wait=True)
+        finally:
+            data.close()
+            self._settle()
+        return "done"
+
+    def _advance(self, step: Step, waited: float, stop: Stop) -> None:
+        """One step, whose data was waited for so long, and what falls due after it."""
+        began = time.monotonic()
+        found = self._compute(step)
+        verdict = self.watchdog.judge(found.loss, found.norm)
+        self.position = step.after
+        if verdict.act == "update":
+            self._update(step, found, began, waited)
+            if self.step % self.options.keep.save_every == 0:
+                self._save()
+            due = self.step % self.options.keep.evaluate_every == 0
+            if self.validation and (due or self.step == self.options.steps):
+                self._evaluate(stop)
+            return
+        self.optimizer.clear()
+        facts = {"loss": found.loss, "norm": found.norm, "why": verdict.why}
+        self.journal.note("bad", step=self.step, seconds=time.monotonic() - began, **facts)
+        self.journal.say(f"step {self.step + 1} is not made: {verdict.why}")
+        if verdict.act == "roll back":
+            self._roll_back(verdict.why)
+
+    def _compute(self, step: Step) -> Measured:
+        """Gradients of a step, and what all ranks together say of it."""
+        losses: list[torch.Tensor] = []
+        also: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(step.passes, start=1):
+            accumulate(self.decoder, last=number == len(step.passes))
+            part = self.objective(self.decoder, batch.to(self.ranks.device), step.units)
+            part.loss.backward()
+            losses.append(part.loss.detach())
+            for name, value in part.also.items():
+                also[name] = also.get(name, 0) + value.detach()
+        numbers = [torch.stack(losses).sum(), self.optimizer.squares(), *also.values()]
+        told = torch.stack(numbers).tolist()
+        loss, squares, *rest = self.ranks.total(told)
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        return Measured(loss, norm, dict(zip(also, rest, strict=True)))
+
+    def _update(self, step: Step, found: Measured, began: float, waited: float) -> None:
+        update = self.options.update
+        rate = learning_rate(self.step, self.options.steps, update)
+        clipped = update.clip and found.norm > update.clip
+        self.optimizer.update(self.step, rate, update.clip / found.norm if clipped else 1.0)
+        self.tokens += step.tokens
+        seconds = time.monotonic() - began
+        self._paces.append(seconds)
+        speed = step.tokens / seconds
+        facts: dict[str, object] = {
+            "step": self.step,
+            "loss": found.loss,
+            "norm": found.norm,
+            "rate": rate,
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "waited": waited,
+            "pace": sum(self._paces) / len(self._paces),
+            "tokens_per_second": speed,
+            **self._utilization(speed),
+            **found.also,
+        }
+        self.journal.note("step", **facts)
+        if (self.step + 1) % self.options.keep.log_every == 0:
+            self.journal.say(progress_line(facts, self.options.steps))
+        self.step += 1
+
+    def _utilization(self, speed: float) -> dict[str, float]:
+        """MFU by both formulas, where the card's peak is known; see flops."""
+        if self._peak is None:
+            return {}
+        shape, tokens = self.decoder.shape, self.options.row_tokens
+        share = speed / (self._peak * self.ranks.size)
+        return {
+            "mfu": share * flops.strict(shape, tokens),
+            "mfu_palm": share * flops.palm(shape, tokens),
+        }
+
+    def _evaluate(self, stop: Stop) -> None:
+        """Loss on the validation rows; left out where `stop` is asked meanwhile."""
+        began = time.monotonic()
+        found = evaluate(
+            self.decoder,
+            self.objective,
+            self.validation,
+            self.options.keep.evaluate_rows,
+            self.ranks,
+            lambda: bool(stop.asked),
+        )
+        if found is not None:
+            seconds = time.monotonic() - began
+            self.journal.note("evaluate", step=self.step, seconds=seconds, **found)
+            told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            self.journal.say(f"validation after step {self.step}: {told}")
+
+    def _stopped(self, stop: Stop) -> Outcome:
+        if self._saved != self.step:
+            self._save(wait=True)
+        self.checkpoints.wait()
+        self.journal.note("stop", step=self.step, why=stop.asked or "another rank was asked")
+        return "stopped"
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "position": self.position.to_json(),
+            "tokens": self.tokens,
+            "watchdog": self.watchdog.to_json(),
+            "fixed": self.options.fixed(),
+            "options": dataclasses.asdict(self.options),
+        }
+
+    def _save(self, *, wait: bool = False) -> None:
+        """Begin a checkpoint of now; with `wait`, be sure of it."""
+        began = time.monotonic()
+        if not wait:
+            self._settle()
+        if self._saved != self.step:
+            self.checkpoints.save(self.step, self.optimizer.tensors(), self._facts())
+            self._saved = self.step
+        if wait:
+            self.checkpoints.wait()
+        self.journal.note("save", step=self.step, seconds=time.monotonic() - began)
+
+    def _settle(self) -> None:
+        """See the latest checkpoint through. A failure is told, and the run goes on: the disk may
+        have room again when the next one is due."""
+        try:
+            self.checkpoints.wait()
+        except XverseError as error:
+            self._saved = -1
+            self.journal.note("save failed", step=self.step, why=error.why)
+            self.journal.say(f"{error}")
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load(self.optimizer.tensors(), check=self._refuse_other_run)
+        if found is None:
+            return
+        self._take(found)
+        facts = found.facts
+        self.watchdog.restore(facts["watchdog"])
+        self.position = Position(**facts["position"])  # type: ignore[arg-type]
+        self.journal.note("resume", step=self.step, refused=list(found.refused))
+        self.journal.say(f"goes on after step {self.step}")
+
+    def _roll_back(self, why: str) -> None:
+        """Take the latest checkpoint, and go on with the data behind the bad steps."""
+        began = time.monotonic()
+        self._settle()
+        found = self.checkpoints.load(self.optimizer.tensors(), check=self._refuse_other_run)
+        if found is None:
+            raise XverseError(
+                f"Step {self.step + 1} cannot be made.",
+                f"{why}; and there is no checkpoint yet to go back to.",
+                "Lower the learning rate or lengthen the warm-up, or look at the data.",
+            )
+        self._take(found)
+        self.watchdog.restore(found.facts["watchdog"], rollbacks=False)
+        self.watchdog.rolled_back(found.step)
+        self.journal.note("rollback", step=self.step, seconds=time.monotonic() - began, why=why)
+        self.journal.say(f"rolled back to step {self.step}: {why}")
+
+    def _take(self, found: Loaded) -> None:
+        self.optimizer.adopt()
+        self.step = self._saved = found.step
+        tokens = found.facts["tokens"]
+        assert isinstance(tokens, int)
+        self.tokens = tokens
+
+    def _refuse_other_run(self, facts: Mapping[str, object]) -> None:
+        was, now = facts["fixed"], self.options.fixed()
+        if was != now:
+            raise XverseError(
+                "The checkpoint belongs to a run with other options.",
+                f"It was begun with {was}, and is to go on with {now}.",
+                "Give the options that it was begun with, or another folder for a new run.",
+            )

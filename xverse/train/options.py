@@ -1,0 +1,177 @@
+"""WHAT A RUN IS TOLD. The options of training, and which of them cannot be; nothing heavy."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from xverse.errors import XverseError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updating:
+    """How weights are updated."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, and AdamW for all else."""
+    learning_rate: float = 3e-4
+    """The highest of the schedule."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, then a linear decay over the last `decay_share` of the steps."""
+    warmup_steps: int = 100
+    lowest_share: float = 0.1
+    """Of the learning rate, at the schedule's end."""
+    decay_share: float = 0.2
+    weight_decay: float = 0.1
+    """Of matrices; norms, biases and the embedding have none."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 never clips."""
+    master: Literal["float32", "none"] = "float32"
+    """none: bfloat16 weights alone, rounded at random so that small updates count."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """How a step is computed."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """selective keeps the results of matrix products and attention; full those of blocks alone."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """torch.compile of every block; auto: on a GPU."""
+    fp8: bool = False
+    """Matrix products of the blocks in 8 bits, where the device has them; weights stay as is."""
+    z_loss: float = 0.0
+    """Factor of the z-loss, which keeps logits small."""
+    balance: float = 0.01
+    """Factor of the loss that spreads tokens over experts; dense models have none."""
+    reshard: bool = True
+    """Give back gathered weights after a block, and gather them again for its backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """What is kept of a run, and how often."""
+
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    evaluate_every: int = 500
+    """Steps between evaluations on the validation shards, if there are any."""
+    evaluate_rows: int = 64
+    """Rows of each."""
+    log_every: int = 1
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too; needs the extra [train]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """What is a bad step, and what is done."""
+
+    spike: float = 6.0
+    """Standard deviations above the mean of the latest losses; 0: only what is not finite."""
+    window: int = 128
+    """Losses that the mean is of; half as many must be there before anything is a spike."""
+    patience: int = 5
+    """Bad steps in a row that are skipped; after them, the latest checkpoint is taken."""
+    rollbacks: int = 3
+    """To one checkpoint; after them the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """How many devices along each axis; `shard` 0: all that are left."""
+
+    data: int = 1
+    """Copies of the model."""
+    shard: int = 0
+    """Devices that share one copy of weights, gradients and moments (FSDP2)."""
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+
+    def resolve(self, ranks: int) -> tuple[int, int]:
+        """(data, shard) for so many processes. XverseError for axes that are not built yet, and
+        for a product that is not `ranks`."""
+        for name in ("tensor", "pipeline", "context", "expert"):
+            if getattr(self, name) != 1:
+                raise XverseError(
+                    f"The mesh axis {name!r} is not built yet for training.",
+                    f"It was asked for with {getattr(self, name)} devices; only `data` and "
+                    "`shard` can be more than one.",
+                    f"Leave {name} at 1, and shard over more devices instead.",
+                )
+        shard = self.shard or max(1, ranks // max(1, self.data))
+        if self.data < 1 or shard < 1 or self.data * shard != ranks:
+            raise XverseError(
+                f"The mesh is {self.data} x {shard} devices, and there are {ranks} processes.",
+                "data * shard must be the number of processes.",
+                "Correct [mesh], or start another number of processes with torchrun.",
+            )
+        return self.data, shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A whole run."""
+
+    steps: int = 1000
+    """Updates of the weights."""
+    row_tokens: int = 4096
+    """Tokens in a row: the longest that documents are seen as one."""
+    rows_per_step: int = 16
+    """Rows of one update, over all devices."""
+    rows_per_pass: int = 1
+    """Rows that go through the model at once; the rest of a device's share is accumulated."""
+    seed: int = 0
+    update: Updating = field(default_factory=Updating)
+    compute: Computing = field(default_factory=Computing)
+    keep: Keeping = field(default_factory=Keeping)
+    watch: Watching = field(default_factory=Watching)
+    mesh: Axes = field(default_factory=Axes)
+
+    def __post_init__(self) -> None:
+        _require(self, at_least=1, names=("steps", "row_tokens", "rows_per_step", "rows_per_pass"))
+        _require(self.keep, at_least=1, names=("save_every", "keep", "evaluate_every", "log_every"))
+        _require(self.watch, at_least=1, names=("window", "patience"))
+        update = self.update
+        _require(
+            update,
+            at_least=0,
+            names=("learning_rate", "warmup_steps", "clip", "weight_decay", "decay_share"),
+        )
+        for name in ("beta1", "beta2", "lowest_share", "decay_share"):
+            value = getattr(update, name)
+            if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
+                raise _impossible(name, value, "it is a share, below 1 for a beta")
+        if update.master == "none" and self.compute.dtype == "float32":
+            raise _impossible("master", "none", "float32 weights are their own master; leave it")
+
+    def fixed(self) -> dict[str, object]:
+        """What must stay the same when a run goes on: it decides which numbers come out."""
+        facts = dataclasses.asdict(self)
+        return {
+            **{key: facts[key] for key in ("row_tokens", "rows_per_step", "seed")},
+            "optimizer": self.update.optimizer,
+        }
+
+
+def _require(options: object, *, at_least: float, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _impossible(name, value, "it is a number")
+        if not value >= at_least:
+            raise _impossible(name, value, f"it must be {at_least} or more")
+
+
+def _impossible(name: str, value: object, why: str) -> XverseError:
+    return XverseError(f"The option {name} = {value!r} cannot be.", why + ".", "Correct it.")
