@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
-from xverse.kernels import native, reference
+from xverse.kernels import multiply, native, reference
 from xverse.kernels.attend_cpu import rotate_heads, store_attend
 from xverse.kernels.packed import PackedWeights, group_of
 from xverse.kernels.reference import Norm
@@ -63,6 +64,40 @@ def test_products(
             x, steps, scale, zero, bias, group=group_of(inputs, group), terms=bits // 4
         )
         assert close(packed.multiply(x), twin), rows
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (35, 100), (7, 31), (1, 1), (200, 513)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_bf16_without_its_arithmetic(
+    variant: str, outputs: int, inputs: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "bf16_in_hardware", lambda: False)
+    monkeypatch.setattr(multiply, "WIDENED", 1024)
+    weight = seeded(outputs, inputs, dtype=torch.bfloat16)
+    bias = seeded(outputs, dtype=torch.bfloat16) if biased else None
+    x = seeded(multiply.COMPILED_ROWS + 1, inputs, dtype=torch.bfloat16)
+    twin = functional.linear(x.float(), weight.float()).bfloat16()
+    twin = twin if bias is None else twin + bias
+    with torch.no_grad():
+        alone = [multiply.linear(row[None], weight, bias) for row in x]
+        for rows in (2, 3, 7, 66, 128):
+            assert torch.equal(multiply.linear(x[:rows], weight, bias), torch.cat(alone[:rows]))
+        assert close(torch.cat(alone), twin)
+        assert close(multiply.linear(x, weight, bias), twin)
+        turned = weight.T.contiguous().T  # as views of split layers come
+        assert torch.equal(multiply.linear(x[:5], turned, bias), torch.cat(alone[:5]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(
+    variant: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "bf16_in_hardware", lambda: False)
+    weight, x = torch.eye(40, dtype=torch.bfloat16), seeded(3, 40, dtype=torch.bfloat16)
+    x[1, 7] = value
+    with torch.no_grad():
+        y = multiply.linear(x, weight)
+    assert torch.equal(y.isfinite().all(dim=1), torch.tensor([True, False, True]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -42,6 +42,7 @@ class Layer(ctypes.Structure):
 
 SIGNATURES = {
     "multiply": [*[_POINTER] * 4, _LONG, _INT, _INT],
+    "multiply_rows": [*[_POINTER] * 4, _LONG, _LONG, _LONG, _INT],
     "rotate": [*[_POINTER] * 3, _LONG, _LONG, _INT, _LONG, _INT, _INT],
     "attend": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _INT],
     "decode": [_POINTER, _INT, *[_POINTER] * 4, _LONG, _INT, _INT],
@@ -57,6 +58,12 @@ def variant() -> str:
 
 
 @cache
+def bf16_in_hardware() -> bool:
+    """Whether this CPU multiplies bf16 itself; else PyTorch widens, at a fifth of the speed."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
 def load(name: str) -> ctypes.CDLL | str:
     """The library of a variant, or why it does not serve."""
     if name not in VARIANTS:
@@ -69,6 +76,8 @@ def load(name: str) -> ctypes.CDLL | str:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if missing := [function for function in SIGNATURES if not hasattr(found, function)]:
+        return f"{path.name} is of an older version, without {missing[0]}: install again"
     for function, arguments in SIGNATURES.items():
         getattr(found, function).argtypes = arguments
         getattr(found, function).restype = _INT

@@ -78,14 +78,17 @@ def examine() -> dict[str, object]:
 def _kernels(device: "torch.device") -> list[str]:
     import torch
 
-    from xverse.kernels import dispatch
+    from xverse.kernels import dispatch, native
 
     attention = "scaled_dot_product_attention, the backend PyTorch picks"
-    product = (
-        "one row of bf16 by the matrix-vector product, which reads weights faster; else oneDNN"
-        if device.type == "cpu"
-        else "cuBLAS"
-    )
+    product = "cuBLAS"
+    if device.type == "cpu":
+        product = "oneDNN; few rows of bf16 as weight @ x.T"
+        if not native.bf16_in_hardware():
+            missing = native.why_not()
+            product = "compiled for bf16, which this CPU does not compute with; many rows in fp32"
+            if missing:
+                product = f"oneDNN, slow in bf16, which this CPU does not compute with: {missing}"
     return [
         f"attention: {attention}",
         f"products: {product}",
