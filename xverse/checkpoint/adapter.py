@@ -87,13 +87,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     with adapter_config.json, or of a kind that changes more than linear layers.
     """
     path = Path(folder).expanduser()
-    require_folder(path)
-    if not is_there(path / CONFIG):
-        raise XverseError(
-            f"{path} holds no adapter.",
-            f"There is no {CONFIG} in it.",
-            "Name the folder that `xverse finetune` or PEFT's save_pretrained wrote.",
-        )
+    _require_adapter(path)
     config = read_config(path / CONFIG)
     tensors = _read_tensors(path)
     weights = {name: _pair(path / WEIGHTS, name, tensors, config) for name in _layers(tensors)}
@@ -107,8 +101,23 @@ def read_adapter(folder: str | Path) -> Adapter:
     config.require_targets(list(weights))
     ends = config.targets or tuple(sorted({name.rpartition(".")[2] for name in weights}))
     return Adapter(
-        weights, config.rank_stabilized, config.base_model, _read_prompt(path), config.dropout, ends
+        weights,
+        config.rank_stabilized,
+        config.base_model,
+        chat_format_of(path),
+        config.dropout,
+        ends,
     )
+
+
+def _require_adapter(path: Path) -> None:
+    require_folder(path)
+    if not is_there(path / CONFIG):
+        raise XverseError(
+            f"{path} holds no adapter.",
+            f"There is no {CONFIG} in it.",
+            "Name the folder that `xverse finetune` or PEFT's save_pretrained wrote.",
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -165,8 +174,11 @@ def _pair(path: Path, name: str, tensors: Mapping[str, Tensor], config: AdapterC
     return LowRank(a_RD, b_NR, config.alpha_of(name), magnitude_N)
 
 
-def _read_prompt(path: Path) -> str | None:
-    """The chat format that the folder notes, if any."""
+def chat_format_of(folder: str | Path) -> str | None:
+    """The name of the chat format that an adapter's folder notes, if any; XverseError where there
+    is no adapter."""
+    path = Path(folder).expanduser()
+    _require_adapter(path)
     if not is_there(path / PROMPT):
         return None
     named = read_json(path / PROMPT).get("xverse_chat_format")
