@@ -44,9 +44,13 @@ def merge(decoder: Decoder, adapter: Adapter) -> Decoder:
         above, _, projection = name.rpartition(".")
         if ".experts." in name:
             stack, _, number = above.rpartition(".")
-            weight_ND = decoder.get_submodule(f"{stack}.{projection}").weight[int(number)]
+            stacked = decoder.get_submodule(f"{stack}.{projection}").weight
+            assert isinstance(stacked, torch.Tensor)
+            weight_ND = stacked[int(number)]
         else:
-            weight_ND = decoder.get_submodule(name).weight
+            weight = decoder.get_submodule(name).weight
+            assert isinstance(weight, torch.Tensor)
+            weight_ND = weight
         merged_ND = weight_ND + adapter.scale(name) * (change.b_NR @ change.a_RD)
         if change.magnitude_N is not None:
             lengths_N = torch.linalg.vector_norm(merged_ND, dim=1)

@@ -5,17 +5,23 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.checkpoint.adapters import merge, random_adapter
 from tests.engine.tiny import CONFIG, VOCAB, greedy, plain_choice, tiny_decoder
-from xverse.checkpoint.adapter import Adapter
+from tests.tiny_model import write_published_folder
+from xverse.checkpoint.adapter import Adapter, write_adapter
+from xverse.checkpoint.load import load
+from xverse.cli import run
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.engine import Engine
+from xverse.engine.llm import LLM
 from xverse.engine.options import EngineOptions
-from xverse.engine.request import Request, Scores, Token
+from xverse.engine.request import Request, Sampling, Scores, Token
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
@@ -43,7 +49,7 @@ def answer(name: str | None, ids: tuple[int, ...], count: int = 12) -> list[int]
     return list(plain_choice(ids, greedy(count), merged(name)))
 
 
-def engine(decoder: Decoder | None = None, *, most: int = 4, **options: int) -> Engine:
+def engine(decoder: Decoder | None = None, *, most: int = 4, **options: Any) -> Engine:
     decoder = fuse(deepcopy(tiny_decoder())) if decoder is None else decoder
     told = EngineOptions(kv_tokens=2000, page_size=4, max_adapters=most, **options)
     it = Engine(decoder, options=told)
@@ -203,7 +209,7 @@ def test_over_quantized_weights(bits: int) -> None:
         if hasattr(module, "dequantized"):
             layer = Linear.of(module.dequantized(), None)
             if name.endswith("embed_tokens"):
-                plain.model.embed_tokens.weight = layer.weight  # type: ignore[union-attr]
+                plain.model.embed_tokens.weight = layer.weight
             else:
                 plain.set_submodule(name, layer)
     ids = tuple(range(3, 20))
@@ -280,3 +286,62 @@ def test_of_a_mixture_only_what_is_dense_can_be_added_to() -> None:
         it.load_adapter("head", random_adapter(shape, seed=7, targets=("lm_head",)))
     it.add(Request((1, 2, 3), greedy(8), adapter="attention"))
     assert [*finish(it).values()] == [list(expected)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and an adapter of it that was trained in another chat format."""
+    path = tmp_path_factory.mktemp("model")
+    shape = write_published_folder(path / "XVERSE-Tiny-Chat").shape
+    adapter = random_adapter(shape, seed=9, size=0.15, chat_format="v3")
+    write_adapter(path / "adapter", adapter)
+    return path / "XVERSE-Tiny-Chat", path / "adapter"
+
+
+WORDS = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=8, ignore_eos=True)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_conversation_is_written_as_the_adapter_was_trained(folders: tuple[Path, Path]) -> None:
+    llm = LLM(folders[0], dtype="float32", adapters={"a": folders[1]})
+    own, trained = (llm.encode_chat(HELLO, adapter=name).ids for name in (None, "a"))
+    assert llm.tokenizer.decode(own).startswith("Human: ")
+    assert llm.tokenizer.decode(trained).startswith("user: ")
+    answer = llm.chat(HELLO, WORDS, adapter="a")
+    model = load(folders[0], dtype="float32")
+    shape = model.decoder.shape
+    same = merge(model.decoder, random_adapter(shape, seed=9, size=0.15))
+    filled = WORDS.over(model.checkpoint.generation_config)
+    assert list(answer.tokens) == list(plain_choice(tuple(trained), filled, same))
+    assert answer.tokens != llm.chat(HELLO, WORDS).tokens
+    pieces = list(llm.chat_stream(HELLO, WORDS, adapter="a"))
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert (
+        llm.generate("Hello", WORDS, adapter="a") == llm.choices("Hello", 1, WORDS, adapter="a")[0]
+    )
+    llm.load_adapter("a", folders[1], replace=True)
+    llm.unload_adapter("a")
+    with pytest.raises(XverseError, match="no adapter 'a'"):
+        llm.generate("Hello", WORDS, adapter="a")
+
+
+def test_a_model_in_parts_takes_none(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(XverseError, match="takes no adapters"):
+        LLM(folders[0], tensor_parallel=2, adapters={"a": folders[1]})
+
+
+def test_generate_with_an_adapter(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, adapter = map(str, folders)
+    words = ["--max-tokens", "8", "--temperature", "0", "--dtype", "float32", "--chat"]
+    said = []
+    for more in ([], ["--adapter", adapter]):
+        assert run(["generate", model, "Hello", *words, *more]) == 0
+        said.append(capsys.readouterr().out)
+    llm = LLM(folders[0], dtype="float32", adapters={"a": folders[1]})
+    greedily = Sampling(temperature=0.0, max_tokens=8)
+    assert said == [llm.chat(HELLO, greedily, adapter=a).text + "\n" for a in (None, "a")]
+    assert said[0] != said[1]
+    assert run(["generate", model, "Hello", "--adapter", model]) == 1
+    assert "holds no adapter" in capsys.readouterr().err
