@@ -13,6 +13,7 @@ from xverse.kernels import native
 from xverse.kernels.attend_cpu import rotate_heads
 from xverse.kernels.packed import PackedWeights, group_of
 from xverse.kernels.reference import Norm
+from xverse.log import warn_once
 from xverse.model.cache import KV
 from xverse.model.decoder import Block, Decoder
 from xverse.model.embedding import Embedding
@@ -108,9 +109,13 @@ def prepare(decoder: Decoder, *, blocks: bool = True) -> Decoder:
     stack = decoder.model
     for number, block in enumerate(stack.layers):
         assert isinstance(block, Block), "it is prepared once"
-        if blocks and not _why_whole_not(block):
-            stack.layers[number] = PackedBlock(block)
-            continue
+        if not _why_whole_not(block):
+            if blocks:
+                stack.layers[number] = PackedBlock(block)
+                continue
+            warn_once(
+                "layers are repacked one by one, and decode slower: adapters stand behind them"
+            )
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if not why_not(child):
