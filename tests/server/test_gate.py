@@ -36,6 +36,8 @@ GOLDEN = {
     ("POST", "/tokenize"): True,
     ("POST", "/detokenize"): True,
     ("POST", "/render"): True,
+    ("POST", "/v1/load_lora_adapter"): True,
+    ("POST", "/v1/unload_lora_adapter"): True,
 }
 GUIDE = {("GET", "/health"): False, ("GET", "/ready"): False, ("POST", "/"): True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
+from xverse.checkpoint.adapter import read_adapter
 from xverse.checkpoint.load import Model, load
 from xverse.checkpoint.resolve import DEFAULT_MODEL
 from xverse.device import pick_device
@@ -19,7 +20,7 @@ from xverse.errors import XverseError
 from xverse.model.fuse import fuse
 from xverse.quant.prepare import prepare
 from xverse.quant.quantize import quantize as quantize_decoder
-from xverse.text.chat import Encoded, encode_prompt
+from xverse.text.chat import Encoded, chat_format, encode_prompt
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
 
@@ -36,7 +37,9 @@ class LLM:
     which is faster where answers repeat their prompts, and changes no answer. Threads may share an
     LLM: what they ask for is computed together. On a CPU that changes no bit of an answer; with
     `deterministic` it never does. `share_prefixes`: common beginnings are computed once; by default
-    with `deterministic`, which keeps the last bits equal, and on a GPU.
+    with `deterministic`, which keeps the last bits equal, and on a GPU. `adapters` are folders of
+    LoRA adapters by the names that requests ask for; of names there may be `max_adapters`, by
+    default as many, in `adapter_bytes` of memory together.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class LLM:
         tokenizer: str | Path | None = None,
         speculate: int = 0,
         share_prefixes: bool | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+        max_adapters: int | None = None,
+        adapter_bytes: int = 2**30,
     ) -> None:
+        most = len(adapters or ()) if max_adapters is None else max_adapters
         options = EngineOptions(
             kv_tokens=kv_tokens,
             kv_dtype=kv_dtype,
@@ -64,6 +71,8 @@ class LLM:
             share_prefixes=deterministic or pick_device(device).type == "cuda"
             if share_prefixes is None
             else share_prefixes,
+            max_adapters=most,
+            adapter_bytes=adapter_bytes,
         )
         self.model: Model
         self.engine: Engine | SpreadEngine
@@ -71,12 +80,18 @@ class LLM:
             self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
-            prepare(fuse(self.model.decoder))
+            prepare(fuse(self.model.decoder), blocks=not most)
             self.engine = Engine(
                 self.model.decoder,
                 end_ids=self.model.end_ids,
                 options=options,
                 tokenizer=self.model.tokenizer,
+            )
+        elif most:
+            raise XverseError(
+                "A model over several devices takes no adapters.",
+                "Each device has a part of every layer, and adapters come whole.",
+                "Leave tensor_parallel out, or merge the adapter: xverse export --to merged.",
             )
         elif tokenizer is not None:
             raise XverseError(
@@ -97,6 +112,30 @@ class LLM:
         self.tokenizer = self.model.tokenizer
         self.title = self.model.checkpoint.title
         self._loop = Loop(self.engine)
+        self._formats: dict[str, str | None] = {}  # of adapters
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    def load_adapter(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+        """Load a LoRA adapter (PEFT's folder format) between two steps; requests name it from then
+        on. With `replace` the name may be another's: who asked before keeps that one.
+
+        XverseError where it does not fit the model or the bounds, or where the name is taken.
+        """
+        engine, adapter = self.engine, read_adapter(folder)
+        assert isinstance(engine, Engine), "of others `max_adapters` is 0"
+        if adapter.chat_format is not None:
+            chat_format(self.model.checkpoint.config, self.tokenizer, adapter.chat_format)
+        with self._loop.between_steps():
+            engine.load_adapter(name, adapter, replace=replace)
+            self._formats[name] = adapter.chat_format
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that have it go on with it, and its memory is free then."""
+        assert isinstance(self.engine, Engine), "of others `max_adapters` is 0"
+        with self._loop.between_steps():
+            self.engine.unload_adapter(name)
+            del self._formats[name]
 
     def close(self) -> None:
         """End the processes of a model that is spread over devices; what they held is free then.
@@ -108,22 +147,35 @@ class LLM:
             self.engine.close()
 
     @overload
-    def generate(self, prompts: str, sampling: Sampling | None = None) -> Answer: ...
+    def generate(
+        self, prompts: str, sampling: Sampling | None = None, *, adapter: str | None = None
+    ) -> Answer: ...
 
     @overload
-    def generate(self, prompts: list[str], sampling: Sampling | None = None) -> list[Answer]: ...
+    def generate(
+        self, prompts: list[str], sampling: Sampling | None = None, *, adapter: str | None = None
+    ) -> list[Answer]: ...
 
     def generate(
-        self, prompts: str | list[str], sampling: Sampling | None = None
+        self,
+        prompts: str | list[str],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Answer | list[Answer]:
         """Continue a text, or each of several side by side; each gets the answer it gets alone."""
         if isinstance(prompts, str):
-            return self.generate([prompts], sampling)[0]
+            return self.generate([prompts], sampling, adapter=adapter)[0]
         encoded = [self.tokenizer.encode(text) for text in prompts]
-        return self._answer(encoded, [sampling] * len(encoded))
+        return self._answer(encoded, [sampling] * len(encoded), adapter=adapter)
 
     def choices(
-        self, prompt: str | Sequence[int], n: int, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Answer]:
         """`n` answers to one prompt (a text, or ids as `encode_chat` gives them), side by side;
         with a seed, each uses the one after the one before it."""
@@ -138,10 +190,10 @@ class LLM:
         seeds = [None if chosen.seed is None else chosen.seed + i for i in range(n)]
         samplings = [replace(chosen, seed=seed) for seed in seeds]
         if chosen.prompt_logprobs is None or chosen.max_tokens == 0:
-            return self._answer([ids] * n, samplings)
+            return self._answer([ids] * n, samplings, adapter=adapter)
         # What is scored is computed: one does it for all, who share its pages.
         others = [replace(sampling, prompt_logprobs=None) for sampling in samplings[1:]]
-        answers = self._answer([ids] * n, [samplings[0], *others])
+        answers = self._answer([ids] * n, [samplings[0], *others], adapter=adapter)
         return [replace(answer, prompt_logprobs=answers[0].prompt_logprobs) for answer in answers]
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
@@ -181,19 +233,24 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         namespace: str = "",
+        adapter: str | None = None,
     ) -> list[Answer]:
         """`generate` for prompts that are ids already, as `encode_chat` gives them; they share
         beginnings only within the `namespace`."""
         some = [list(ids) for ids in prompts]
-        return self._answer(some, [sampling] * len(some), namespace)
+        return self._answer(some, [sampling] * len(some), namespace, adapter)
 
     def stream(
-        self, prompt: str | Sequence[int], sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Generator[Piece, None, None]:
         """Continue a text, or ids as `encode_chat` gives them, piece by piece; the pieces' texts
         join to what `generate` gives."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        yield from self._pieces(ids, sampling)
+        yield from self._pieces(ids, sampling, adapter)
 
     def chat(
         self,
@@ -201,12 +258,14 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         """The model's next turn in a conversation. With `tools` (OpenAI's form) its function calls
         come parsed in `tool_calls`, and the text is what stands around them."""
         _refuse_echo(sampling)
-        encoded = self.encode_chat(messages, sampling, tools=tools)
-        answer = replace(self._answer([encoded.ids], [sampling])[0], cut=encoded.cut)
+        encoded = self.encode_chat(messages, sampling, tools=tools, adapter=adapter)
+        found = self._answer([encoded.ids], [sampling], adapter=adapter)
+        answer = replace(found[0], cut=encoded.cut)
         if not tools:
             return answer
         reply: ParsedReply = parse_tool_calls(answer.text)
@@ -218,10 +277,12 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
+        adapter: str | None = None,
     ) -> Generator[Piece, None, None]:
         """`chat`, piece by piece; function calls stay in the text (`ToolStream` parses them)."""
         _refuse_echo(sampling)
-        yield from self._pieces(self.encode_chat(messages, sampling, tools=tools).ids, sampling)
+        encoded = self.encode_chat(messages, sampling, tools=tools, adapter=adapter)
+        yield from self._pieces(encoded.ids, sampling, adapter)
 
     def encode_chat(
         self,
@@ -229,8 +290,10 @@ class LLM:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
+        adapter: str | None = None,
     ) -> Encoded:
-        """The exact prompt of a conversation; what the history budget took away is logged."""
+        """The exact prompt of a conversation, in the format of the adapter where it has its own;
+        what the history budget took away is logged."""
         return encode_prompt(
             messages,
             self.tokenizer,
@@ -238,6 +301,7 @@ class LLM:
             context=self.context,
             max_new_tokens=self._filled(sampling).max_tokens,
             tools=tools,
+            named=None if adapter is None else self._formats.get(adapter),
         )
 
     @property
@@ -285,15 +349,18 @@ class LLM:
         prompts: Sequence[list[int]],
         samplings: Sequence[Sampling | None],
         namespace: str = "",
+        adapter: str | None = None,
     ) -> list[Answer]:
         outputs = [self._output(*pair) for pair in zip(prompts, samplings, strict=True)]
-        for _ in self._run(prompts, samplings, outputs, namespace):
+        for _ in self._run(prompts, samplings, outputs, namespace, adapter):
             pass
         return [output.answer() for output in outputs]
 
-    def _pieces(self, ids: list[int], sampling: Sampling | None) -> Generator[Piece, None, None]:
+    def _pieces(
+        self, ids: list[int], sampling: Sampling | None, adapter: str | None
+    ) -> Generator[Piece, None, None]:
         outputs = [self._output(ids, sampling)]
-        with closing(self._run([ids], [sampling], outputs)) as pieces:
+        with closing(self._run([ids], [sampling], outputs, adapter=adapter)) as pieces:
             yield from pieces
 
     def _output(self, ids: list[int], sampling: Sampling | None) -> Output:
@@ -305,11 +372,12 @@ class LLM:
         samplings: Sequence[Sampling | None],
         outputs: list[Output],
         namespace: str = "",
+        adapter: str | None = None,
     ) -> Generator[Piece, None, None]:
         """Decode; what is final as soon as it is. A stop string ends its prompt."""
         ended: set[int] = set()
         requests = [
-            Request(tuple(ids), self._fitted(ids, sampling), namespace)
+            Request(tuple(ids), self._fitted(ids, sampling), namespace, adapter=adapter)
             for ids, sampling in zip(prompts, samplings, strict=True)
         ]
         with closing(self._loop.run(requests, ended)) as found:

@@ -6,7 +6,8 @@ whose tokens go to everybody's boxes. A reader that goes away takes its requests
 
 import threading
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -75,6 +76,12 @@ class Loop:
                     self._forget_those_left()
                 finally:
                     self._lock.release()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Within this no step is under way, and none begins."""
+        with self._lock:
+            yield
 
     def _next(self, box: Box) -> Output:
         while not box:

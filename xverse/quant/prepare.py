@@ -13,6 +13,7 @@ from xverse.kernels import native
 from xverse.kernels.attend_cpu import rotate_heads
 from xverse.kernels.packed import PackedWeights, group_of
 from xverse.kernels.reference import Norm
+from xverse.log import warn_once
 from xverse.model.cache import KV
 from xverse.model.decoder import Block, Decoder
 from xverse.model.embedding import Embedding
@@ -98,18 +99,23 @@ class PackedBlock(nn.Module):
 
 
 @torch.no_grad()
-def prepare(decoder: Decoder) -> Decoder:
+def prepare(decoder: Decoder, *, blocks: bool = True) -> Decoder:
     """Repack the quantized layers of a fused decoder in place, one after another.
 
     Experts, fp8 weights, and everything on a GPU or where nothing was compiled stay as they are:
-    `why_not` says so of a layer.
+    `why_not` says so of a layer. Without `blocks` each layer is
+    repacked by itself, for whoever adds something behind it.
     """
     stack = decoder.model
     for number, block in enumerate(stack.layers):
         assert isinstance(block, Block), "it is prepared once"
         if not _why_whole_not(block):
-            stack.layers[number] = PackedBlock(block)
-            continue
+            if blocks:
+                stack.layers[number] = PackedBlock(block)
+                continue
+            warn_once(
+                "layers are repacked one by one, and decode slower: adapters stand behind them"
+            )
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if not why_not(child):

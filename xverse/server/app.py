@@ -21,7 +21,7 @@ from xverse.server.routes import ROUTES, Route
 from xverse.server.service import Service
 
 REF = "#/components/schemas/{model}"
-ERRORS = (400, 401, 404, 408, 413, 415, 421, 429, 431, 503)
+ERRORS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 431, 503)
 
 
 def build_app(

@@ -32,7 +32,7 @@ async def chat(context: Context, asked: ChatRequest) -> Response:
 
 async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
-    service.require_model(asked.model)
+    service.models.require(asked.model)
     form = answer_form(asked.tools, asked.tool_choice, asked.response_format)
     choices = bounded_choices(asked.n, max_choices)
     if asked.stream_options is not None and not asked.stream:
@@ -43,7 +43,7 @@ async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
         raise invalid("Give max_tokens or max_completion_tokens, not both.", "max_tokens")
     usable = bool(asked.tools) and asked.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if usable else None
-    ids = await service.render([message.plain() for message in asked.messages], tools)
+    ids = await service.render([message.plain() for message in asked.messages], tools, asked.model)
     ids += await service.encode(form.opening, add_special=False)
     most = asked.max_completion_tokens
     sampling = asked.sampling(
@@ -52,7 +52,7 @@ async def plan(service: Service, asked: ChatRequest, max_choices: int) -> Turn:
         grammar=form.grammar,
     )
     limit = "max_tokens" if most is None else "max_completion_tokens"
-    prompt = service.prompt(ids, sampling, limit)
+    prompt = service.prompt(ids, sampling, limit, asked.model)
     prompts = service.choices(prompt, choices)
     return Turn(prompts, usable, asked.parallel_tool_calls is not False, form.opening)
 
@@ -72,8 +72,8 @@ class _Reply:
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.name,
-            "system_fingerprint": service.fingerprint,
+            "model": asked.model,
+            "system_fingerprint": service.models.fingerprint(asked.model),
         }
 
     def whole(self, found: Sequence[Whole], turn: Turn) -> dict[str, Any]:

@@ -31,7 +31,7 @@ async def complete(context: Context, asked: CompletionRequest) -> Response:
 
 async def plan(service: Service, asked: CompletionRequest, max_choices: int) -> list[Prompt]:
     """What the engine is to do, choice by choice; Refusal for what cannot be done."""
-    service.require_model(asked.model)
+    service.models.require(asked.model)
     choices = bounded_choices(asked.n, max_choices)
     if asked.best_of not in (None, choices):
         raise unsupported("best_of", "every choice that is computed is given out; leave it out.")
@@ -53,7 +53,8 @@ async def plan(service: Service, asked: CompletionRequest, max_choices: int) -> 
     prompts: list[Prompt] = []
     for text in texts:
         ids = await service.encode(text) if isinstance(text, str) else text
-        prompts += service.choices(service.prompt(ids, sampling, "max_tokens"), choices)
+        prompt = service.prompt(ids, sampling, "max_tokens", asked.model)
+        prompts += service.choices(prompt, choices)
     return prompts
 
 
@@ -90,8 +91,8 @@ class _Reply:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.name,
-            "system_fingerprint": service.fingerprint,
+            "model": asked.model,
+            "system_fingerprint": service.models.fingerprint(asked.model),
         }
 
     async def whole(self, context: Context) -> dict[str, Any]:

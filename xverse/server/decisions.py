@@ -93,7 +93,7 @@ class DecisionRequest(Strict):
 
 async def decide(context: Context, asked: DecisionRequest) -> Response:
     """How likely each label is, and what follows from it."""
-    context.service.require_model(asked.model)
+    context.service.models.require(asked.model)
     labels = asked.decision.labels()
     if len({*labels}) < len(labels):
         raise invalid("Two labels are the same.", "decision")
@@ -102,7 +102,12 @@ async def decide(context: Context, asked: DecisionRequest) -> Response:
     if end is None:
         end = _one_begins_another([ids[start:] for ids, start in texts])
     requests = [
-        Request(tuple(_ended(context, ids) if end else ids), None, score_from=start)
+        Request(
+            tuple(_ended(context, ids) if end else ids),
+            None,
+            score_from=start,
+            adapter=context.service.models.adapter(asked.model),
+        )
         for ids, start in texts
     ]
     longest = max(len(request.ids) for request in requests)
@@ -128,7 +133,7 @@ async def decide(context: Context, asked: DecisionRequest) -> Response:
             "id": f"decision-{uuid.uuid4().hex}",
             "object": "decision",
             "created": int(time.time()),
-            "model": context.service.name,
+            "model": asked.model,
             "type": asked.decision.type,
             "result": asked.decision.result(probabilities),
             "labels": rows,
@@ -146,7 +151,9 @@ async def _scored_ids(
     if (asked.messages is None) == (asked.prompt is None):
         raise invalid("Give either messages or a prompt.", "messages")
     if asked.messages is not None:
-        ids = await service.render([message.plain() for message in asked.messages], None)
+        ids = await service.render(
+            [message.plain() for message in asked.messages], None, asked.model
+        )
         answers = [await service.encode(label, add_special=False) for label in labels]
         return [([*ids, *answer], len(ids)) for answer in answers]
     prompt = asked.prompt or ""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from xverse import log
+from xverse.checkpoint.adapter import read_adapter
 from xverse.device import env
 from xverse.engine.engine import Engine
 from xverse.engine.llm import LLM
@@ -20,6 +21,8 @@ from xverse.engine.spread import SpreadEngine
 from xverse.errors import XverseError
 from xverse.server.messages import (
     Abort,
+    Adapt,
+    Adapted,
     Ask,
     Broken,
     Failure,
@@ -57,7 +60,8 @@ def main(descriptor: int) -> int:
         except XverseError as error:
             connection.sendall(frame(Broken(error.what, error.why, error.fix)))
             return 1
-        Server(llm.engine, connection, inbox).run(_ready(llm), first[1:])
+        ready = _ready(llm, _load_adapters(llm, start))
+        Server(llm.engine, connection, inbox).run(ready, first[1:])
     return 0
 
 
@@ -82,12 +86,25 @@ def _load(start: Start) -> LLM:
         kv_dtype=start.kv_dtype,
         deterministic=start.deterministic,
         tensor_parallel=start.tensor_parallel,
+        max_adapters=start.max_adapters,
+        adapter_bytes=start.adapter_bytes,
     )
     llm.engine.prepare()
     return llm
 
 
-def _ready(llm: LLM) -> Ready:
+def _load_adapters(llm: LLM, start: Start) -> dict[str, tuple[str, str, str]]:
+    """Load what was loaded when the engine before this one ended; what cannot be, and why."""
+    lost = {}
+    for name, folder in start.adapters.items():
+        try:
+            llm.load_adapter(name, folder)
+        except XverseError as error:
+            lost[name] = (error.what, error.why, error.fix)
+    return lost
+
+
+def _ready(llm: LLM, lost: dict[str, tuple[str, str, str]]) -> Ready:
     engine = llm.engine
     return Ready(
         context=llm.context,
@@ -96,6 +113,7 @@ def _ready(llm: LLM) -> Ready:
         vocab_size=engine.decoder.shape.vocab_size,
         device=str(next(engine.decoder.parameters()).device),
         shared_page=engine.options.page_size if engine.options.share_prefixes else 0,
+        lost=lost,
     )
 
 
@@ -133,6 +151,8 @@ class Server:
                     continue
                 self._ours[message.number] = number
                 self._theirs[number] = message.number
+            elif isinstance(message, Adapt):
+                self._send(self._adapt(message))
             elif isinstance(message, Abort):
                 for theirs in message.numbers:
                     ours = self._ours.pop(theirs, None)
@@ -140,6 +160,19 @@ class Server:
                         del self._theirs[ours]
                         self.engine.abort(ours)
         return failures
+
+    def _adapt(self, message: Adapt) -> Adapted:
+        """Between two steps, so that everybody waits: some 10 ms for an adapter of 100 MB."""
+        assert isinstance(self.engine, Engine), "of others `max_adapters` is 0"
+        try:
+            if message.folder is None:
+                self.engine.unload_adapter(message.name)
+            else:
+                adapter = read_adapter(message.folder)
+                self.engine.load_adapter(message.name, adapter, replace=message.replace)
+        except XverseError as error:
+            return Adapted(message.number, (error.what, error.why, error.fix))
+        return Adapted(message.number)
 
     def _step(self, failures: list[Failure]) -> None:
         tokens: list[Token] = []

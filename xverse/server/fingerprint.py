@@ -20,7 +20,9 @@ SAMPLE = 2**16  # bytes of each end of a file: reading 130 GB whole would take m
 def fingerprint(checkpoint: Checkpoint, start: Start, device: str) -> str:
     """The name of this model as it is served on a device; the same on every like machine."""
     options = msgspec.to_builtins(start)
-    del options["model"]  # where it lies says nothing about what it is
+    # Where it lies says nothing about what it is, nor what may be added to it.
+    for name in ("model", "adapters", "max_adapters", "adapter_bytes"):
+        del options[name]
     facts = {
         "versions": [xverse.__version__, version("torch")],
         "device": device.partition(":")[0],
@@ -31,6 +33,13 @@ def fingerprint(checkpoint: Checkpoint, start: Start, device: str) -> str:
     }
     told = json.dumps(facts, sort_keys=True, default=str).encode()
     return f"fp_{hashlib.sha256(told).hexdigest()[:12]}"
+
+
+def adapter_fingerprint(base: str, folder: Path) -> str:
+    """The name of a model with an adapter, `base` being the model's own."""
+    config = (folder / "adapter_config.json").read_bytes()
+    facts = [base, hashlib.sha256(config).hexdigest(), *_samples(folder)]
+    return f"fp_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
 
 
 def _samples(path: Path) -> Iterator[tuple[str, int, str]]:

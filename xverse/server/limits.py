@@ -42,10 +42,12 @@ class Shares:
 
 @dataclass(eq=False)
 class Tenant:
-    """Whoever has one key. `namespace` is its hash: KV pages are shared only within it."""
+    """Whoever has one key. `namespace` is its hash: KV pages are shared only within it. An `admin`
+    may change which adapters there are."""
 
     namespace: str
     shares: Shares
+    admin: bool = False
     active: int = 0
     requests: Bucket | None = field(init=False)
     tokens: Bucket | None = field(init=False)
@@ -90,11 +92,15 @@ class Tenant:
 
 
 class Keys:
-    """All keys, by their hashes alone. Without any, everybody is one tenant."""
+    """All keys, by their hashes alone. Without any, everybody is one tenant, and an admin."""
 
-    def __init__(self, keys: Collection[str], shares: Shares) -> None:
-        self._tenants = [(_hash(key), Tenant(_hash(key).hex(), shares)) for key in {*keys}]
-        self._everybody = Tenant("", shares)
+    def __init__(self, keys: Collection[str], shares: Shares, admin: str | None = None) -> None:
+        """`admin` is a key like the others, and an admin's."""
+        self._tenants = [
+            (_hash(key), Tenant(_hash(key).hex(), shares, admin=key == admin))
+            for key in {*keys} | ({admin} if admin is not None else set())
+        ]
+        self._everybody = Tenant("", shares, admin=True)
 
     @property
     def asked(self) -> bool:

@@ -8,6 +8,8 @@ from xverse.engine.request import Request, Scores, Token
 from xverse.errors import XverseError
 from xverse.server.messages import (
     Abort,
+    Adapt,
+    Adapted,
     Ask,
     Broken,
     Load,
@@ -92,6 +94,7 @@ class Link:
         """`notice` is called with the engine's load after each of its steps."""
         self._notice = notice
         self._flows: dict[int, Flow] = {}
+        self._adapting: dict[int, asyncio.Future[None]] = {}
         self._next = 0
         self._gone = False
         self._reader: asyncio.StreamReader
@@ -118,6 +121,9 @@ class Link:
         try:
             while True:
                 message = await self._read()
+                if isinstance(message, Adapted):
+                    self._note_adapted(message)
+                    continue
                 assert isinstance(message, Stepped), "a ready engine tells of its steps"
                 self._hand_out(message)
         except (EOFError, ConnectionError):
@@ -127,6 +133,10 @@ class Link:
             for flow in self._flows.values():
                 flow.fail(EngineGoneError())
             self._flows.clear()
+            for waiting in self._adapting.values():
+                if not waiting.done():
+                    waiting.set_exception(EngineGoneError())
+            self._adapting.clear()
 
     def ask(self, requests: Sequence[Request]) -> Flow:
         """Have these computed; what comes of them is in the flow."""
@@ -149,6 +159,19 @@ class Link:
         if known and not self._gone:
             self._write(frame(Abort(known)))
 
+    async def adapt(self, name: str, folder: str | None, *, replace: bool = False) -> None:
+        """Have the engine load an adapter, or forget it where `folder` is None.
+
+        XverseError where it cannot, EngineGoneError where the process ended.
+        """
+        if self._gone:
+            raise EngineGoneError
+        number, self._next = self._next, self._next + 1
+        waiting = asyncio.get_running_loop().create_future()
+        self._adapting[number] = waiting
+        self._write(frame(Adapt(number, name, folder, replace)))
+        await waiting
+
     def close(self) -> None:
         """Close the connection, which ends the engine process."""
         if self._writer is not None:
@@ -169,6 +192,15 @@ class Link:
                 refused = failure.refused
                 flow.fail(failure.error if refused else FailedError(failure.error))
         self._notice(stepped.load)
+
+    def _note_adapted(self, message: Adapted) -> None:
+        waiting = self._adapting.pop(message.number)
+        if waiting.done():
+            return  # whoever asked is gone
+        if message.error is None:
+            waiting.set_result(None)
+        else:
+            waiting.set_exception(XverseError(*message.error))
 
     def _put(self, number: int, given: Given, *, last: bool) -> None:
         flow = self._flows.get(number)

@@ -24,6 +24,9 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     kv_dtype: Literal["auto", "fp8"] = "auto"
     deterministic: bool = False
     tensor_parallel: int = 1
+    adapters: dict[str, str] = {}  # name -> folder
+    max_adapters: int = 0
+    adapter_bytes: int = 2**30
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):
@@ -39,9 +42,27 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     numbers: list[int]
 
 
+class Adapt(msgspec.Struct, tag=True, frozen=True):
+    """API -> engine: load the adapter in `folder` under this name, or forget it where that is
+    None; told with `number` when it is done."""
+
+    number: int
+    name: str
+    folder: str | None
+    replace: bool = False
+
+
+class Adapted(msgspec.Struct, tag=True, frozen=True):
+    """Engine -> API: what was asked with `number` is done, or cannot be: what, why, fix."""
+
+    number: int
+    error: tuple[str, str, str] | None = None
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """Engine -> API: the model is loaded. `context` and `capacity` are in tokens, and so is a page
-    that requests share: `shared_page`, 0 where they share none."""
+    that requests share: `shared_page`, 0 where they share none. `lost` are adapters that could not
+    be loaded, with what, why, fix."""
 
     context: int
     capacity: int
@@ -49,6 +70,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     vocab_size: int
     device: str
     shared_page: int
+    lost: dict[str, tuple[str, str, str]] = {}
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
@@ -94,8 +116,8 @@ class Stepped(msgspec.Struct, tag=True, frozen=True):
     load: Load
 
 
-ToEngine = Start | Ask | Abort
-ToApi = Ready | Broken | Stepped
+ToEngine = Start | Ask | Abort | Adapt
+ToApi = Ready | Broken | Stepped | Adapted
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -160,17 +160,18 @@ class CompletionReply(Reply):
 
 
 class ModelReply(Reply):
-    """The model that is served."""
+    """The model that is served, or an adapter of it, whose `parent` is the model."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None
 
 
 class ModelsReply(Reply):
-    """All models that are served: one."""
+    """All models that are served: one, and its adapters."""
 
     object: Literal["list"]
     data: list[ModelReply]

@@ -49,7 +49,7 @@ async def respond(context: Context, asked: ResponseRequest) -> Response:
 
 async def plan(service: Service, asked: ResponseRequest) -> Turn:
     """What the engine is to do; Refusal for what cannot be done."""
-    service.require_model(asked.model)
+    service.models.require(asked.model)
     tools = [tool.boxed() for tool in asked.tools or ()]
     choice = asked.tool_choice
     form = answer_form(
@@ -61,14 +61,14 @@ async def plan(service: Service, asked: ResponseRequest) -> Turn:
         raise invalid("top_logprobs needs message.output_text.logprobs in include.", "include")
     usable = bool(tools) and choice != "none"
     plain = [tool.model_dump(exclude_none=True) for tool in tools] if usable else None
-    ids = await service.render(_messages(asked), plain)
+    ids = await service.render(_messages(asked), plain, asked.model)
     ids += await service.encode(form.opening, add_special=False)
     sampling = asked.sampling(
         max_tokens=asked.max_output_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.include else None,
         grammar=form.grammar,
     )
-    prompt = service.prompt(ids, sampling, "max_output_tokens")
+    prompt = service.prompt(ids, sampling, "max_output_tokens", asked.model)
     return Turn([prompt], usable, asked.parallel_tool_calls is not False, form.opening)
 
 
@@ -99,7 +99,7 @@ class _Reply:
     def __init__(self, service: Service, asked: ResponseRequest, prompt: Prompt) -> None:
         self._service, self._asked, self._prompt = service, asked, prompt
         self._id = f"resp_{uuid.uuid4().hex}"
-        self._created, self._model = int(time.time()), service.name
+        self._created, self._model = int(time.time()), asked.model
         self._items: list[Event] = []
         self._message: Event | None = None  # the item that text is being added to
         self._tokens = self._reused = self._sequence = 0

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from xverse.server import (
+    adapters,
     chat,
     completions,
     decisions,
@@ -104,6 +105,20 @@ ROUTES = (
         texts.render,
         schema.RenderRequest,
         replies.RenderReply,
+    ),
+    post(
+        "/v1/load_lora_adapter",
+        "Load an adapter, which requests may name as their model.",
+        adapters.load,
+        adapters.LoadAdapterRequest,
+        replies.StateReply,
+    ),
+    post(
+        "/v1/unload_lora_adapter",
+        "Forget an adapter.",
+        adapters.unload,
+        adapters.UnloadAdapterRequest,
+        replies.StateReply,
     ),
 )
 

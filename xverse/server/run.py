@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -68,9 +69,10 @@ class Running:
         prompts = options.log_prompts
         self.journal = Journal.on_stderr(prompts=prompts) if options.log_requests else Journal(None)
         self.traffic = Traffic()
-        self.keys = Keys(options.keys, options.shares)
+        self.keys = Keys(options.keys, options.shares, options.admin_key)
         queue = FairQueue(max_requests=options.max_queue, max_tokens=options.max_queue_tokens)
-        start = msgspec.structs.replace(options.start, model=str(path))
+        at = {name: str(Path(folder).resolve()) for name, folder in options.start.adapters.items()}
+        start = msgspec.structs.replace(options.start, model=str(path), adapters=at)
         self.supervisor = Supervisor(start, lambda load: self.service.note_load(load))
         self.service = Service(
             options.name,
@@ -80,6 +82,7 @@ class Running:
             queue,
             self.metrics,
             start,
+            options.adapters_dir,
         )
         self._mount = mount
         self._hurry = False

@@ -1,6 +1,5 @@
 """ROUTES -> ENGINE. What all routes share: the tokenizer, the queue, the engine, the counting."""
 
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -12,6 +11,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
@@ -22,13 +22,14 @@ from xverse.errors import XverseError
 from xverse.server import refusals
 from xverse.server.fingerprint import fingerprint
 from xverse.server.limits import Tenant
+from xverse.server.lineup import Lineup
 from xverse.server.link import EngineGoneError, FailedError, Flow
 from xverse.server.messages import Load, Ready, Start
 from xverse.server.metrics import Metrics
 from xverse.server.queue import FairQueue
 from xverse.server.supervisor import Supervisor
 from xverse.server.watch import Watch
-from xverse.text.chat import Message, chat_format
+from xverse.text.chat import Message
 from xverse.text.tokenizer import Tokenizer
 
 INT64 = 2**63
@@ -37,14 +38,16 @@ IN_LOOP = 4096  # characters; more is encoded in a thread, so that nobody's toke
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids, and how tokens are to be chosen after them: every option set."""
+    """Ids, and how tokens are to be chosen after them: every option set. By the model itself, or
+    with an adapter."""
 
     ids: list[int]
     sampling: Sampling
+    adapter: str | None = None
 
 
 class Service:
-    """One model behind one queue."""
+    """One model behind one queue, and its adapters."""
 
     def __init__(
         self,
@@ -55,12 +58,12 @@ class Service:
         queue: FairQueue,
         metrics: Metrics,
         start: Start,
+        adapters_dir: Path | None = None,
     ) -> None:
         self.name, self.tokenizer, self.checkpoint = name, tokenizer, checkpoint
         self.supervisor, self.queue, self.metrics = supervisor, queue, metrics
-        self.created = int(time.time())
-        self.fingerprint = ""  # told by `note_ready`, before which nothing is answered
         self._start, self._shared_page = start, 0
+        self.models = Lineup(name, checkpoint, tokenizer, start.adapters, adapters_dir)
 
     @property
     def context(self) -> int:
@@ -80,18 +83,9 @@ class Service:
         """Called whenever an engine is ready. A few more than can run at once are let through, so
         that a place that becomes free is taken in the very next step."""
         self.queue.slots = ready.max_running + max(2, ready.max_running // 8)
-        self.fingerprint = fingerprint(self.checkpoint, self._start, ready.device)
         self._shared_page = ready.shared_page
-
-    def require_model(self, name: str) -> None:
-        """Refusal (404) where the client means another model."""
-        if name != self.name:
-            raise refusals.Refusal(
-                404,
-                f"There is no model {name!r:.200}; this server has {self.name!r}.",
-                param="model",
-                code="model_not_found",
-            )
+        told = fingerprint(self.checkpoint, self._start, ready.device)
+        self.models.note_ready(told, ready.lost)
 
     async def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of a text, without blocking others."""
@@ -101,12 +95,16 @@ class Service:
             return await run_in_threadpool(self.tokenizer.encode, text, add_special=add_special)
 
     async def render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] | None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] | None,
+        model: str | None = None,
     ) -> list[int]:
-        """The exact prompt of a conversation; nothing of it is ever cut."""
+        """The exact prompt of a conversation, as `model` reads it (the model itself, or with an
+        adapter); nothing of it is ever cut."""
 
         def rendered() -> list[int]:
-            chat = chat_format(self.checkpoint.config, self.tokenizer)
+            chat = self.models.chat_format(model)
             return chat.render(
                 messages, self.tokenizer, tools=tools, add_generation_prompt=True
             ).ids
@@ -119,10 +117,13 @@ class Service:
                 return rendered()
             return await run_in_threadpool(rendered)
 
-    def prompt(self, ids: list[int], sampling: Sampling, max_param: str) -> Prompt:
+    def prompt(
+        self, ids: list[int], sampling: Sampling, max_param: str, model: str | None = None
+    ) -> Prompt:
         """The ids with every option set; Refusal (400) with counts where it cannot fit.
 
-        `max_param` is how this route calls the limit of the answer.
+        `max_param` is how this route calls the limit of the answer; `model` is the one that is
+        asked for, by default the model itself.
         """
         if not ids:
             raise refusals.invalid("The prompt is empty: there is nothing to continue.", "prompt")
@@ -151,7 +152,9 @@ class Service:
         if asked is None:  # then the answer ends where memory does
             room = min(room, capacity - len(ids))
         most = room if filled.max_tokens is None else min(filled.max_tokens, room)
-        return Prompt(ids, replace(filled, max_tokens=most))
+        return Prompt(
+            ids, replace(filled, max_tokens=most), self.models.adapter(model or self.name)
+        )
 
     def choices(self, prompt: Prompt, n: int) -> list[Prompt]:
         """`n` prompts alike; with a seed, each has the one after the one before it."""
@@ -161,7 +164,7 @@ class Service:
         found = [prompt]
         for place in range(1, n):
             own = None if seed is None else (seed + place + INT64) % (2 * INT64) - INT64
-            found.append(Prompt(prompt.ids, replace(others, seed=own)))
+            found.append(Prompt(prompt.ids, replace(others, seed=own), prompt.adapter))
         return found
 
     def _known(self, ids: Iterable[int], param: str) -> None:
@@ -192,7 +195,10 @@ class Service:
         """
         open_places = set(range(len(prompts)))
         outputs = [Output(self.tokenizer, each.sampling, each.ids) for each in prompts]
-        requests = [Request(tuple(each.ids), each.sampling, tenant.namespace) for each in prompts]
+        requests = [
+            Request(tuple(each.ids), each.sampling, tenant.namespace, adapter=each.adapter)
+            for each in prompts
+        ]
         watch = Watch(self.metrics, sum(len(each.ids) for each in prompts))
         async with self._flow(tenant, requests, watch) as flow:
             try:

@@ -33,22 +33,26 @@ async def metrics(context: Context) -> Response:
 
 
 async def models(context: Context) -> Response:
-    """The models served: one."""
-    return json_response({"object": "list", "data": [_model(context)]})
+    """The models served: one, and its adapters."""
+    data = [_model(context, name) for name in context.service.models.names]
+    return json_response({"object": "list", "data": data})
 
 
 async def model(context: Context) -> Response:
     """The one that is named in the path, if it is served."""
-    context.service.require_model(context.request.path_params["model"])
-    return json_response(_model(context))
+    name = context.request.path_params["model"]
+    context.service.models.require(name)
+    return json_response(_model(context, name))
 
 
-def _model(context: Context) -> dict[str, Any]:
-    service = context.service
+def _model(context: Context, name: str) -> dict[str, Any]:
+    models = context.service.models
+    entry = models.adapters.get(name)
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
-        "created": service.created,
+        "created": models.created if entry is None else entry.created,
         "owned_by": "xverse",
-        "max_model_len": service.context,
+        "max_model_len": context.service.context,
+        "parent": None if entry is None else models.name,
     }

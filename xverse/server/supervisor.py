@@ -8,6 +8,8 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
+
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.server.link import EngineGoneError, Link
@@ -37,6 +39,10 @@ class Supervisor:
     def link(self) -> Link | None:
         """The connection, or None while there is no engine that could answer."""
         return self._link if self.state == "ready" else None
+
+    def keep_adapters(self, adapters: dict[str, str]) -> None:
+        """What an engine is to load that starts after this, name -> folder."""
+        self._start = msgspec.structs.replace(self._start, adapters=adapters)
 
     async def run(self, started: Callable[[Ready], None] = lambda _: None) -> None:
         """Keep an engine running until cancelled; `started` is called whenever one is ready.
@@ -76,7 +82,11 @@ class Supervisor:
             return 0.0
         self._link = Link(self._notice)
         try:
-            self.ready = await self._link.open(ours, self._start)
+            ready = await self._link.open(ours, self._start)
+            if ready.lost and self.ready is None:
+                self._link.close()
+                raise XverseError(*next(iter(ready.lost.values())))
+            self.ready = ready
         except EngineGoneError:
             await self.process.wait()
             return 0.0

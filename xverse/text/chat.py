@@ -249,13 +249,16 @@ V3 = XverseFormat(
 XVERSE_FORMATS = {chat.name: chat for chat in (V1, V2, V3)}
 
 
-def chat_format(config: Mapping[str, object], tokenizer: Tokenizer) -> ChatFormat:
+def chat_format(
+    config: Mapping[str, object], tokenizer: Tokenizer, named: object = None
+) -> ChatFormat:
     """The chat format of the model with this config.json.
 
-    `xverse_chat_format` in tokenizer_config.json decides; else XVERSE models by their shape, and
-    others by the tokenizer's Jinja template. Raises XverseError where there is none.
+    What is `named` decides (an adapter's format), then `xverse_chat_format` in
+    tokenizer_config.json; else XVERSE models by their shape, and others by the tokenizer's Jinja
+    template. Raises XverseError where there is none.
     """
-    named = tokenizer.config.get("xverse_chat_format")
+    named = named or tokenizer.config.get("xverse_chat_format")
     if isinstance(named, str) and named in XVERSE_FORMATS:
         return XVERSE_FORMATS[named]
     if named is not None and named != TemplateFormat.name:
@@ -303,14 +306,16 @@ def encode_prompt(
     context: int,
     max_new_tokens: int | None,
     tools: Sequence[Mapping[str, object]] | None = None,
+    named: str | None = None,
 ) -> Encoded:
     """The prompt of a conversation within the history budget; what that takes away is logged.
 
-    `config` is the model's config.json, `context` the tokens that prompt and answer share.
+    `config` is the model's config.json, `context` the tokens that prompt and answer share, `named`
+    the format of an adapter that has its own.
     """
     fields = {"max_position_embeddings": context, **config}
     answer = min(max_new_tokens or DEFAULT_ANSWER_TOKENS, context // 2)
-    encoded = chat_format(config, tokenizer).render(
+    encoded = chat_format(config, tokenizer, named).render(
         messages, tokenizer, max_prompt_tokens=prompt_budget(fields, answer), tools=tools
     )
     if encoded.cut is not None:

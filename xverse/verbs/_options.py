@@ -1,11 +1,15 @@
 """Options that several verbs share: which model on what, and how tokens are chosen."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from xverse.engine.llm import LLM
     from xverse.engine.request import Sampling
+
+
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,8 @@ class ModelOptions:
     tensor_parallel: int = 1
     """Spread the model over this many GPUs."""
 
-    def load(self, model: str) -> "LLM":
-        """The model, ready to answer."""
+    def load(self, model: str, adapter: Path | None = None) -> "LLM":
+        """The model, ready to answer; an adapter's folder is loaded under the name ADAPTER."""
         from xverse.engine.llm import LLM
 
         return LLM(
@@ -38,7 +42,21 @@ class ModelOptions:
             kv_dtype=self.kv_dtype,
             tensor_parallel=self.tensor_parallel,
             speculate=self.speculate,
+            adapters=None if adapter is None else {ADAPTER: adapter},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOption:
+    """What is added to a model."""
+
+    adapter: Path | None = None
+    """Folder of a LoRA adapter (PEFT's format) to answer with."""
+
+    @property
+    def adapter_name(self) -> str | None:
+        """What requests call it, None where there is none."""
+        return None if self.adapter is None else ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True)

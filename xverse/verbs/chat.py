@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from xverse.verbs._options import ModelOptions, SamplingOptions
+from xverse.verbs._options import AdapterOption, ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from xverse.engine.llm import LLM
@@ -23,7 +23,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions, SamplingOptions):
+class Config(ModelOptions, AdapterOption, SamplingOptions):
     """What `xverse chat` takes."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
@@ -38,8 +38,14 @@ def run(config: Config) -> int:
     """Hold a conversation on standard input and output, until `exit` or the end of input."""
     from xverse.checkpoint.resolve import DEFAULT_MODEL
 
-    llm = config.load(config.model or DEFAULT_MODEL)
-    talk = Conversation(llm, config.sampling(), config.system, as_json=config.json)
+    llm = config.load(config.model or DEFAULT_MODEL, config.adapter)
+    talk = Conversation(
+        llm,
+        config.sampling(),
+        config.system,
+        as_json=config.json,
+        adapter=config.adapter_name,
+    )
     interactive = sys.stdin.isatty()
     if not config.json:
         _greet(llm, chosen=config.model is not None, interactive=interactive)
@@ -58,9 +64,15 @@ class Conversation:
     """The messages so far, and what a line of input does to them."""
 
     def __init__(
-        self, llm: "LLM", sampling: "Sampling", system: str | None, *, as_json: bool = False
+        self,
+        llm: "LLM",
+        sampling: "Sampling",
+        system: str | None,
+        *,
+        as_json: bool = False,
+        adapter: str | None = None,
     ) -> None:
-        self.llm, self.sampling, self.as_json = llm, sampling, as_json
+        self.llm, self.sampling, self.as_json, self.adapter = llm, sampling, as_json, adapter
         self.system = system
         self.messages: list[dict[str, object]] = []
         self.reset()
@@ -92,7 +104,7 @@ class Conversation:
             print(f"{self.llm.title}: ", end="", flush=True)
         text = ""
         try:
-            pieces = self.llm.chat_stream(self.messages, self.sampling)
+            pieces = self.llm.chat_stream(self.messages, self.sampling, adapter=self.adapter)
             last: Piece | None = None
             for last in pieces:
                 text += last.text

@@ -8,11 +8,11 @@ from typing import Annotated
 import tyro
 
 from xverse.errors import XverseError
-from xverse.verbs._options import ModelOptions, SamplingOptions
+from xverse.verbs._options import AdapterOption, ModelOptions, SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions, SamplingOptions):
+class Config(ModelOptions, AdapterOption, SamplingOptions):
     """What `xverse generate` takes."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -36,11 +36,15 @@ def run(config: Config) -> int:
             "A text that is merely continued has no system message.",
             "Add --chat, or put the words into the prompt.",
         )
-    llm, sampling = config.load(config.model), config.sampling()
+    llm, sampling = config.load(config.model, config.adapter), config.sampling()
+    adapter = config.adapter_name
     system = [{"role": "system", "content": config.system}] if config.system else []
     messages = [*system, {"role": "user", "content": prompt}]
     if config.json:
-        answer = llm.chat(messages, sampling) if config.chat else llm.generate(prompt, sampling)
+        if config.chat:
+            answer = llm.chat(messages, sampling, adapter=adapter)
+        else:
+            answer = llm.generate(prompt, sampling, adapter=adapter)
         facts = {
             "text": answer.text,
             "finish": answer.finish,
@@ -49,7 +53,10 @@ def run(config: Config) -> int:
         }
         print(json.dumps(facts, ensure_ascii=False))
         return 0
-    pieces = llm.chat_stream(messages, sampling) if config.chat else llm.stream(prompt, sampling)
+    if config.chat:
+        pieces = llm.chat_stream(messages, sampling, adapter=adapter)
+    else:
+        pieces = llm.stream(prompt, sampling, adapter=adapter)
     for piece in pieces:
         print(piece.text, end="", flush=True)
     print()

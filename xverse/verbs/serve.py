@@ -62,6 +62,16 @@ class Config(ModelOptions):
     """Tokens, read and written, that each key has a minute."""
     concurrency: int | None = None
     """Answers that each key may have made at once."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapters (PEFT folders) to load, each as NAME=FOLDER; clients name them as the model."""
+    adapters_dir: Path | None = None
+    """Let adapters in folders below this one be loaded and unloaded over HTTP."""
+    admin_key: str | None = None
+    """The key that may do so, where keys are asked for; or by the variable XVERSE_ADMIN_KEY."""
+    max_adapters: int | None = None
+    """Adapters loaded at once; by default those given, and 8 with --adapters-dir."""
+    adapter_mb: int = 1024
+    """Memory for all adapters together, in MiB."""
     drain_seconds: float = 30.0
     """After SIGTERM, how long answers may go on that have begun."""
     guide_api: bool = False
@@ -86,6 +96,11 @@ class Config(ModelOptions):
         keys = [*self.api_key, *filter(None, [env("XVERSE_API_KEY")])]
         if self.api_keys_file is not None:
             keys += read_keys(self.api_keys_file)
+        admin_key = self.admin_key
+        if admin_key is None and self.adapters_dir is not None:
+            admin_key = env("XVERSE_ADMIN_KEY")
+        given = _named_folders(self.adapter)
+        least = len(given) if self.adapters_dir is None else max(8, len(given))
         return ServeOptions(
             start=Start(
                 model=model,
@@ -95,6 +110,9 @@ class Config(ModelOptions):
                 kv_tokens=self.kv_tokens,
                 kv_dtype=self.kv_dtype,
                 tensor_parallel=self.tensor_parallel,
+                adapters=given,
+                max_adapters=least if self.max_adapters is None else self.max_adapters,
+                adapter_bytes=self.adapter_mb * 2**20,
             ),
             name=self.served_model_name or title_of(model),
             host=self.host,
@@ -110,6 +128,8 @@ class Config(ModelOptions):
             drain_s=self.drain_seconds,
             log_requests=self.log_requests,
             log_prompts=self.log_prompts,
+            adapters_dir=self.adapters_dir,
+            admin_key=admin_key or None,
         )
 
 
@@ -120,7 +140,7 @@ def run(config: Config) -> int:
 
     options = config.options()
     mount = _pages(options) if config.web else None
-    if options.public and not options.keys:
+    if options.public and not options.closed:
         print(
             f"warning: {options.host} can be reached from other machines, and no key is asked for.",
             file=sys.stderr,
@@ -142,7 +162,7 @@ class _Words:
         print(f"{self._options.name}: listening at {where.url}", flush=True)
         if where.guide_url:
             print(f"the published service: POST {where.guide_url}/", flush=True)
-        key = ' -H "Authorization: Bearer $XVERSE_API_KEY"' if self._options.keys else ""
+        key = ' -H "Authorization: Bearer $XVERSE_API_KEY"' if self._options.closed else ""
         messages = '[{"role": "user", "content": "你好"}]'
         body = f'{{"model": "{self._options.name}", "messages": {messages}}}'
         self._next = (
@@ -158,6 +178,21 @@ class _Words:
             flush=True,
         )
         print(self._next, flush=True)
+
+
+def _named_folders(given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=FOLDER, each, by their names."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise XverseError(
+                f"--adapter {each!r:.100} cannot be read.",
+                "It names an adapter and its folder, each name once.",
+                "Write it as in: --adapter poems=adapters/poems",
+            )
+        found[name] = folder
+    return found
 
 
 def _require(*packages: str) -> None:
@@ -183,7 +218,7 @@ def _pages(options: "ServeOptions") -> "Mount":
 
     def pages(app: "FastAPI", url: str, served: "Checkpoint") -> "Callable[[ASGIApp], ASGIApp]":
         client = OverHttp(f"{url}/v1", options.name, served=served)
-        mount(app, client, path=PAGES, keys=bool(options.keys))
-        return partial(Door, path=PAGES) if options.keys else lambda gate: gate
+        mount(app, client, path=PAGES, keys=options.closed)
+        return partial(Door, path=PAGES) if options.closed else lambda gate: gate
 
     return pages
