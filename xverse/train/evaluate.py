@@ -84,12 +84,29 @@ def evaluate(
     ranks: Ranks,
     stopped: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss over the first `rows` rows of each language, always the same ones.
+    """Loss over the first `rows` rows of each language (0: all), always the same ones.
 
-    Gives "loss" over all of them, "loss.LANGUAGE" in nats a token and "bits_per_byte.LANGUAGE".
-    None where all ranks together find `stopped`.
+    Gives "loss" over all of them, "loss.LANGUAGE" in nats a token and "bits_per_byte.LANGUAGE", and
+    what else the objective tells, over all. None where all ranks together find `stopped`.
     """
+    was_training = decoder.training
+    decoder.eval()  # no dropout, no noise
+    try:
+        return _evaluate(decoder, objective, held, rows, ranks, stopped)
+    finally:
+        decoder.train(was_training)
+
+
+def _evaluate(
+    decoder: Decoder,
+    objective: Objective,
+    held: Mapping[str, Held],
+    rows: int,
+    ranks: Ranks,
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
     found: dict[str, float] = {}
+    also: dict[str, float] = {}
     all_nats = all_units = 0.0
     for language, these in held.items():
         loader = these.loader
@@ -102,10 +119,14 @@ def evaluate(
             for batch in step.passes:
                 part = objective(decoder, batch.to(ranks.device), step.units)
                 nats += float(part.loss) * step.units
+                for name, value in part.also.items():
+                    also[name] = also.get(name, 0.0) + float(value) * step.units
             units += step.units
         nats = ranks.total([nats])[0]
         found[f"loss.{language}"] = nats / units
         if these.targets_per_byte:
             found[f"bits_per_byte.{language}"] = nats / units * these.targets_per_byte / math.log(2)
         all_nats, all_units = all_nats + nats, all_units + units
-    return {"loss": all_nats / all_units, **found}
+    totals = ranks.total(list(also.values()))
+    told = {name: total / all_units for name, total in zip(also, totals, strict=True)}
+    return {"loss": all_nats / all_units, **found, **told}
