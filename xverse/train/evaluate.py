@@ -1,5 +1,6 @@
 """HELD-OUT DOCUMENTS -> LOSS. By language, in nats a token and in bits a byte of text."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xverse.data.loader import Documents, Loader, Position
+from xverse.data.loader import Documents, Loader
 from xverse.data.shards import Shards
 from xverse.model.decoder import Decoder
 from xverse.parallel.ranks import Ranks
@@ -111,11 +112,10 @@ def _evaluate(
     for language, these in held.items():
         loader = these.loader
         nats = units = 0.0
-        steps = loader.steps(Position())
-        for _ in range(-(-rows // loader.rows_per_step)):
+        count = -(-rows // loader.rows_per_step) or None
+        for step in itertools.islice(loader.once(), count):
             if ranks.any(stopped()):
                 return None
-            step = next(steps)
             for batch in step.passes:
                 part = objective(decoder, batch.to(ranks.device), step.units)
                 nats += float(part.loss) * step.units
