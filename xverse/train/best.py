@@ -1,4 +1,4 @@
-"""EVALUATIONS -> THE BEST. Which step had the least held-out loss, and whether there is hope left."""
+"""EVALUATIONS -> THE BEST. Which step had the least held-out loss, and whether to go on."""
 
 import math
 from collections.abc import Mapping

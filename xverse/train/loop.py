@@ -278,7 +278,7 @@ class Run:
                 raise XverseError(
                     f"The weights of step {self.best.step}, the best, are gone.",
                     f"Its checkpoint is no longer in {self.checkpoints.folder}.",
-                    "Train again, or take the last weights with --keep.no-best.",
+                    "Train again, or leave keep.best out and have the last weights.",
                 )
             self._take(found)
         self.journal.note("best", step=self.best.step, loss=self.best.loss)

@@ -1,4 +1,4 @@
-"""OBJECTIVE -> OBJECTIVE WITH NOISE. NEFTune: token vectors that are a little off while training."""
+"""OBJECTIVE -> OBJECTIVE WITH NOISE. NEFTune: token vectors a little off while training."""
 
 from typing import Any
 

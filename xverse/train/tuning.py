@@ -1,11 +1,13 @@
-"""WHAT FINE-TUNING IS TOLD. The options of adapters and preferences; nothing heavy."""
+"""WHAT FINE-TUNING IS TOLD. The options of adapters and of preferences; nothing heavy."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Literal
 
 from xverse.errors import XverseError
+from xverse.train.options import Training
 
-Method = Literal["full", "lora", "qlora"]
+Weights = Literal["full", "lora", "qlora"]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -45,6 +47,8 @@ class Lora:
 class Dpo:
     """Learning from preferences (Rafailov et al. 2023)."""
 
+    weights: Weights = "lora"
+    """What learns; full keeps a second model, which adapters need not: without them it is it."""
     beta: float = 0.1
     """How much it costs to go away from the model that was given."""
     label_smoothing: float = 0.0
@@ -55,6 +59,25 @@ class Dpo:
             raise _impossible("beta", self.beta, "it is a number above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise _impossible("label_smoothing", self.label_smoothing, "it is a share below 0.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Training):
+    """A whole run of fine-tuning."""
+
+    model: str = ""
+    documents: int = 0
+    """Samples that are learned from, or twice the pairs."""
+    packing: bool = True
+    weights: Weights = "full"
+    dpo: bool = False
+    lora: Lora = field(default_factory=Lora)
+
+    def fixed(self) -> dict[str, object]:
+        """As `Training.fixed`."""
+        names = ("model", "documents", "packing", "weights", "dpo")
+        adapter = {} if self.weights == "full" else {"lora": dataclasses.asdict(self.lora)}
+        return super().fixed() | {name: getattr(self, name) for name in names} | adapter
 
 
 def _impossible(name: str, value: object, why: str) -> XverseError:
