@@ -1,4 +1,4 @@
-"""OPTIONS -> A RUN. What `xverse finetune` puts together: samples, decoder, objective, and result."""
+"""OPTIONS -> A RUN. What `xverse finetune` puts together: samples, decoder, loss, result."""
 
 import contextlib
 import dataclasses

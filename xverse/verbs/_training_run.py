@@ -1,4 +1,4 @@
-"""DECODER, DATA -> A RUN ON DISK. What pre-training and fine-tuning share: folder, journal, report."""
+"""DECODER, DATA -> A RUN ON DISK. What pre-training and fine-tuning share: folder, journal."""
 
 import json
 import sys
