@@ -119,7 +119,7 @@ def test_dropout_is_for_training_alone() -> None:
 
 
 def test_what_cannot_be_is_told() -> None:
-    with pytest.raises(XverseError, match=r"no linear layer 'q_prj'\. Did you mean 'q_proj'"):
+    with pytest.raises(XverseError, match=r"linear layer 'q_prj'\. Did you mean 'q_proj'"):
         lora.add_lora(tiny_decoder(), Lora(targets=("q_prj",)))
     for wrong in ({"rank": 0}, {"dropout": 1.0}, {"alpha": 0}, {"targets": ()}):
         with pytest.raises(XverseError, match="cannot be"):

@@ -48,7 +48,8 @@ class FineTuningRun:
         )
         self.learn, self.held, self.report_of_data = self._samples()
         self.loader = self._loader(self.learn)
-        self.steps = self.loader.steps_in(config.epochs)
+        self.steps = config.steps or self.loader.steps_in(config.epochs)
+        self.steps_per_epoch = self.loader.steps_in(1000) / 1000  # which need not be whole
         self._require_context()
         self.options = config.training(self.steps, self.learn.documents)
         self.run: TrainingRun | None = None

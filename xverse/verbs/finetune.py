@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,6 +58,10 @@ class Config:
     """Chat format of the prompts: v1, v2, v3, default, xverse or template; else the model's own."""
     epochs: float = 3.0
     """How often everything is read."""
+    steps: int = 0
+    """Updates of the weights; 0: as many as the epochs have."""
+    warmup_share: float = 0.0
+    """Share of the steps that warm up, instead of update.warmup_steps."""
     row_tokens: int = 2048
     """Tokens in a row: the longest sample (or pair) that there is room for."""
     rows_per_step: int = 16
@@ -100,6 +106,9 @@ class Config:
         update = self.update
         if not update.learning_rate:
             update = dataclasses.replace(update, learning_rate=rate)
+        if self.warmup_share:
+            warmup = math.ceil(self.warmup_share * steps)
+            update = dataclasses.replace(update, warmup_steps=warmup)
         return FineTuning(
             steps=steps,
             row_tokens=self.row_tokens,
@@ -129,8 +138,9 @@ def run(config: Config) -> int:
     return tune(config)
 
 
-def tune(config: Config, listener: "Listener | None" = None) -> int:
-    """As `run`; `listener` is told, on rank 0, all that goes into metrics.jsonl."""
+def tune(config: Config, listener: Callable[[int, float], "Listener"] | None = None) -> int:
+    """As `run`; what `listener` gives for the steps of the run, and of an epoch, is told, on rank
+    0, all that goes into metrics.jsonl."""
     _check(config)
     from xverse.parallel.ranks import Ranks
     from xverse.train.stop import Stop
@@ -149,7 +159,8 @@ def tune(config: Config, listener: "Listener | None" = None) -> int:
                 _print_plan(config, tuning.plan(), tuning.steps)
             if config.dry_run:
                 return 0
-            outcome = tuning.train(stop, began, listener)
+            heard = listener(tuning.steps, tuning.steps_per_epoch) if listener else None
+            outcome = tuning.train(stop, began, heard)
             if ranks.first:
                 _tell(config, outcome, tuning.report(), tuning.steps)
             return STOPPED if outcome == "stopped" else 0
@@ -165,9 +176,12 @@ def _check(config: Config) -> None:
             "It is 0 or more, and for answers that are learned, not for preferences.",
             "Leave --noise out.",
         )
-    if not config.epochs > 0:
+    if not config.epochs > 0 or config.steps < 0 or not 0 <= config.warmup_share <= 1:
         raise XverseError(
-            f"{config.epochs:g} epochs cannot be.", "Something must be read.", "Correct --epochs."
+            f"{config.epochs:g} epochs, {config.steps} steps and a warm-up of "
+            f"{config.warmup_share:g} of them cannot be.",
+            "Something must be read, and the warm-up is a share of it.",
+            "Correct --epochs, --steps or --warmup-share.",
         )
     if (config.keep.patience or config.keep.best) and not (config.held_out or config.validation):
         raise XverseError(
