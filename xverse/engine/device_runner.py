@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xverse.engine.adapters import Adapters, decoder_for
 from xverse.engine.captured import CapturedSteps, padded
 from xverse.engine.device_sampler import DeviceSampler, Picked, Row
 from xverse.engine.grammar_rows import Allowed
@@ -27,6 +28,7 @@ from xverse.engine.runner import (
     choose,
     choosing,
     choosing_rows,
+    owners_of,
     score,
 )
 from xverse.engine.sampler import Sampler, not_a_number
@@ -37,13 +39,22 @@ from xverse.model.decoder import Decoder
 
 
 class DeviceRunner:
-    """Decoding rows go through captured steps, prompts through `PromptStep`, all of one stream.
+    """Decoding rows go through captured steps, prompts through `PromptStep`, all of one stream;
+    with adapters decoding rows go the way of prompts, each of which may have another.
 
     `slots` sequences at most run at once; `spare` is a page of the pool that none of them has.
     """
 
-    def __init__(self, decoder: Decoder, kv: Paged, *, slots: int, spare: int) -> None:
-        self.decoder, self.kv, self.slots = decoder, kv, slots
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: Paged,
+        *,
+        slots: int,
+        spare: int,
+        adapters: Adapters | None = None,
+    ) -> None:
+        self.decoder, self.kv, self.slots, self.adapters = decoder, kv, slots, adapters
         width = -(-decoder.shape.context_length // kv.page_size)
         # Row `slots` of both is for rows of a captured step that nobody fills.
         self.tables_SP = torch.full((slots + 1, width), spare, dtype=torch.int32, device=kv.device)
@@ -79,7 +90,8 @@ class DeviceRunner:
         prompts = [chunk for chunk in chunks if not (chunk.draft or _decodes(chunk))]
         others, found = [*guessing, *prompts], []
         if others:
-            hidden_TD = self.prompts(self._prompts(others))
+            with decoder_for(self.decoder, self.adapters, owners_of(others)) as decoder:
+                hidden_TD = self.prompts(self._prompts(others), decoder)
             score(self.decoder, self.kv, others, hidden_TD)
             if rows := choosing_rows(others):
                 found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
@@ -115,7 +127,8 @@ class DeviceRunner:
             self.sampler.enter(slot, Sampler(everything.over({})), [0], [])
         counts = [min(context, step_tokens - start) for start in range(0, step_tokens, context)]
         with torch.inference_mode():
-            hidden_TD = self.prompts(self._prompt_rows([(self.slots, 0, n) for n in counts]))
+            rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
+            hidden_TD = self.prompts(rows, self.decoder)
             del hidden_TD
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
@@ -202,6 +215,8 @@ class DeviceRunner:
         offsets = [0, *accumulate(counts)]
         ends = self._upload([offsets[:-1], offsets[1:], [held for _, held, _ in spans]], "i4")
         slot_T, positions_T, ids_T = self._upload(rows, numpy.int32)
+        if ids is not None and (ids < 0).any():  # being chosen by the step under way
+            ids_T = torch.where(ids_T < 0, self.latest_S[slot_T].int(), ids_T)
         slots_B = self._upload([slot for slot, _, _ in spans])
         size = self.kv.page_size
         page_T = self.tables_SP[slot_T, positions_T // size]
@@ -230,7 +245,11 @@ class DeviceRunner:
 
 
 def _decodes(chunk: Chunk) -> bool:
+    """Whether a captured step computes it; with an adapter, none does."""
     generation = chunk.generation
+    if generation.adapter is not None:
+        warn_once("tokens with an adapter are computed without CUDA graphs, and slower")
+        return False
     return chunk.rows == 1 and chunk.chooses and generation.unscored >= len(generation.ids)
 
 

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 
 import torch
 
+from xverse.checkpoint.adapter import Adapter
+from xverse.engine.adapters import Adapters
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.grammar_compile import Ask, Grammars, vocabulary_of
 from xverse.engine.memory import (
@@ -60,6 +62,8 @@ class Engine:
         self.decoder = decoder
         self.end_ids = frozenset(end_ids)
         self.options = (options or EngineOptions()).on(decoder.device)
+        most, nbytes = self.options.max_adapters, self.options.adapter_bytes
+        self._adapters = Adapters(decoder, most, nbytes) if most else None
         size = self.options.page_size
         self.pages = Pages(-(-self._kv_tokens() // size), size, share=self.options.share_prefixes)
         self.kv = self._pool(self.pages.count)
@@ -111,6 +115,25 @@ class Engine:
         words = partial(vocabulary_of, self._tokenizer, self.end_ids, count)
         return Grammars(words, self.options.grammar_seconds)
 
+    @property
+    def adapters(self) -> Adapters:
+        """Those that are loaded; XverseError where this engine takes none."""
+        if self._adapters is None:
+            raise XverseError(
+                "There are no adapters here.",
+                "The model was loaded without room for any.",
+                "Give max_adapters, or adapters, where it is loaded.",
+            )
+        return self._adapters
+
+    def load_adapter(self, name: str, adapter: Adapter, *, replace: bool = False) -> None:
+        """As `Adapters.load`."""
+        self.adapters.load(name, adapter, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """As `Adapters.unload`: requests that have it go on with it."""
+        self.adapters.unload(name)
+
     def add(self, request: Request) -> int:
         """Queue a request; its number. XverseError where it can never fit."""
         assert request.ids, "a prompt has tokens"
@@ -127,12 +150,20 @@ class Engine:
         sampler = Sampler(sampling, self.end_ids) if sampling and request.answers else None
         if sampler is not None:
             refuse_unknown(sampler.additions(0), known)
+        self.scheduler.require_room(request)
+        grammar = sampler.sampling.grammar if sampler is not None else None
+        ask = None if grammar is None else self.grammars.ask(grammar)
+        adapter = None if request.adapter is None else self.adapters.hold(request.adapter)
         generation = Generation(
-            number, request, sampler, self._namespace(request), list(request.ids)
+            number,
+            request,
+            sampler,
+            f"{adapter.number if adapter else 0}:{self._namespace(request)}",
+            list(request.ids),
+            adapter=adapter,
         )
-        if sampler is not None and sampler.sampling.grammar is not None:
-            self.scheduler.require_room(request)
-            self._compiling[number] = self.grammars.ask(sampler.sampling.grammar)
+        if ask is not None:
+            self._compiling[number] = ask
         else:
             self.scheduler.add(generation)
         self._generations[number] = generation
@@ -153,6 +184,8 @@ class Engine:
         self._compiling.pop(number, None)
         if generation is not None:
             self.scheduler.remove(generation)
+            if generation.adapter is not None:
+                self.adapters.release(generation.adapter)
 
     def step(self) -> Sequence[Output]:
         """Compute one step; what came of it in the order of requests. Empty where none waits.
@@ -207,8 +240,11 @@ class Engine:
 
     def _runner(self, kv: Paged) -> Runner:
         if DeviceRunner.why_not(self.decoder, kv):
-            return PlainRunner(self.decoder, kv)
-        return DeviceRunner(self.decoder, kv, slots=self.max_running, spare=kv.pages - 1)
+            return PlainRunner(self.decoder, kv, self._adapters)
+        spare = kv.pages - 1
+        return DeviceRunner(
+            self.decoder, kv, slots=self.max_running, spare=spare, adapters=self._adapters
+        )
 
     def _kv_tokens(self) -> int:
         """As asked, or by the machine; on a GPU beside the largest steps, which are tried out."""
@@ -225,6 +261,7 @@ class Engine:
             return pool_tokens(shape, dtype, device, self.max_running)
         peak = runner.rehearse(self.step_tokens)
         del runner
+        peak += self.options.adapter_bytes if self._adapters else 0
         return pool_tokens_beside(peak, shape, dtype, device, self.max_running)
 
     def _launch(self, chunks: Sequence[Chunk]) -> tuple[Flight | None, list[Output]]:

@@ -25,6 +25,7 @@ class EngineOptions:
     `grammar_seconds`: how long one grammar may be compiled.
     `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
     beside the one that is due, while few run; answers stay the same. 0 is off.
+    `max_adapters`: so many adapters may be loaded at once, in `adapter_bytes` together; 0 is off.
     """
 
     kv_tokens: int | None = None
@@ -36,6 +37,8 @@ class EngineOptions:
     share_prefixes: bool = True
     grammar_seconds: float = 4.5
     speculate: int = 0
+    max_adapters: int = 0
+    adapter_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -53,6 +56,14 @@ class EngineOptions:
                 "product computes at the price of one.",
                 "Give 8, or 0 to guess nothing.",
             )
+        for name, least in (("max_adapters", 0), ("adapter_bytes", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= 2**50:
+                raise XverseError(
+                    f"{name} cannot be {value!r:.60}.",
+                    "It bounds the adapters that are loaded at once.",
+                    f"Give a whole number of at least {least}.",
+                )
         if type(self.grammar_seconds) not in (int, float) or not 0 < self.grammar_seconds <= 600:
             raise XverseError(
                 f"grammar_seconds cannot be {self.grammar_seconds!r:.60}.",

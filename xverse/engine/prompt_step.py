@@ -48,7 +48,7 @@ class PromptStep:
     """
 
     def __init__(self, decoder: Decoder, kv: Paged) -> None:
-        self.decoder, self.kv = decoder, kv
+        self.kv = kv
         device, dtype = decoder.device, decoder.dtype
         fp8 = kv.scales(0) is not None
         self.add_norm = dispatch.add_norm(device, dtype).call
@@ -62,9 +62,10 @@ class PromptStep:
         capacity = torch.arange(decoder.shape.context_length, device=device)
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, dtype)
 
-    def __call__(self, prompts: Prompts) -> Tensor:
-        """Normalized hidden states [T, D]; keys and values are in the pages then."""
-        stack = self.decoder.model
+    def __call__(self, prompts: Prompts, decoder: Decoder) -> Tensor:
+        """Normalized hidden states [T, D]; keys and values are in the pages then. `decoder` is the
+        one that this is the step of, or its twin."""
+        stack = decoder.model
         x_TD = stack.embed_tokens(prompts.ids_T)
         delta_TD: Tensor | None = None
         for layer, block in enumerate(stack.layers):

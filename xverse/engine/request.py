@@ -178,7 +178,7 @@ class Request:
     `score_from`: the log-probabilities of the prompt's tokens from this place on are wanted; it is
     1 where the sampling asks for prompt_logprobs. `score_best`: so many best ids beside each.
     `labels`: the log-probabilities of these ids as the token after the prompt are wanted, all of
-    them from one reading of the prompt.
+    them from one reading of the prompt. `adapter` names one that the engine has loaded.
     """
 
     ids: tuple[int, ...]
@@ -187,6 +187,7 @@ class Request:
     score_from: int | None = None
     score_best: int = 0
     labels: tuple[int, ...] = ()
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.sampling is not None and self.sampling.prompt_logprobs is not None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from xverse.engine.adapters import Adapters, Loaded, decoder_for
 from xverse.engine.packed_step import PackedStep, fits
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
@@ -74,8 +75,8 @@ class Runner(Protocol):
 class PlainRunner:
     """The decoder as it is, on any device; every step has ended when `launch` returns."""
 
-    def __init__(self, decoder: Decoder, kv: Paged) -> None:
-        self.decoder, self.kv = decoder, kv
+    def __init__(self, decoder: Decoder, kv: Paged, adapters: Adapters | None = None) -> None:
+        self.decoder, self.kv, self.adapters = decoder, kv, adapters
         self.step = PackedStep(decoder, kv) if fits(decoder, kv) else None
 
     @torch.inference_mode()
@@ -83,7 +84,7 @@ class PlainRunner:
         """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
         decoder, kv = self.decoder, self.kv
         together = _computed_together(kv, chunks)
-        hidden_TD = torch.cat([_hidden(decoder, kv, some, self.step) for some in together])
+        hidden_TD = torch.cat([self._hidden(some) for some in together])
         flight = Flight(chunks, [], list)
         if rows := choosing_rows(chunks):
             logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
@@ -91,6 +92,37 @@ class PlainRunner:
                 flight.add(generation, found)
         score(decoder, kv, chunks, hidden_TD)
         return flight
+
+    def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages
+        then."""
+        kv, parts, ids = self.kv, list[Part](), list[int]()
+        for chunk in chunks:
+            generation, held = chunk.generation, chunk.generation.held
+            parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
+            ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
+        owners = owners_of(chunks)
+        if kv.fixed_rows is None:
+            ids_T, positions_T = torch.tensor(ids, device=kv.device), kv.begin(parts)
+            if self.step is not None and kv.alone is not None:
+                return self.step(ids_T, positions_T)
+            with decoder_for(self.decoder, self.adapters, owners) as decoder:
+                return decoder.hidden(ids_T, positions_T, kv)
+        rows, found = kv.fixed_rows, []
+        tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
+        for first in range(0, len(ids), rows):
+            some = torch.zeros(rows, dtype=torch.int64, device=kv.device)
+            count = min(rows, len(ids) - first)
+            some[:count] = torch.tensor(ids[first : first + count])
+            positions_T = kv.begin(tokens[first : first + count])
+            with decoder_for(self.decoder, self.adapters, owners[first : first + count]) as decoder:
+                found.append(decoder.hidden(some, positions_T, kv)[:count])
+        return torch.cat(found)
+
+
+def owners_of(chunks: Sequence[Chunk]) -> list[Loaded | None]:
+    """The adapter of each row of these chunks."""
+    return [chunk.generation.adapter for chunk in chunks for _ in range(chunk.rows)]
 
 
 def choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
@@ -124,32 +156,6 @@ def _computed_together(kv: Paged, chunks: Sequence[Chunk]) -> list[Sequence[Chun
     rows = [decoding[start : start + ROWS] for start in range(0, len(decoding), ROWS)]
     assert all(sum(chunk.rows for chunk in some) <= ROWS for some in rows), "drafts fill up rows"
     return [*([chunk] for chunk in prompts), *rows]
-
-
-def _hidden(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], step: PackedStep | None
-) -> Tensor:
-    """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages then."""
-    parts: list[Part] = []
-    ids: list[int] = []
-    for chunk in chunks:
-        generation, held = chunk.generation, chunk.generation.held
-        parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
-        ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
-    if kv.fixed_rows is None:
-        ids_T, positions_T = torch.tensor(ids, device=kv.device), kv.begin(parts)
-        if step is not None and kv.alone is not None:
-            return step(ids_T, positions_T)
-        return decoder.hidden(ids_T, positions_T, kv)
-    rows, found = kv.fixed_rows, []
-    tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
-    for first in range(0, len(ids), rows):
-        some = torch.zeros(rows, dtype=torch.int64, device=kv.device)
-        count = min(rows, len(ids) - first)
-        some[:count] = torch.tensor(ids[first : first + count])
-        positions_T = kv.begin(tokens[first : first + count])
-        found.append(decoder.hidden(some, positions_T, kv)[:count])
-    return torch.cat(found)
 
 
 def _logits(decoder: Decoder, kv: Paged, hidden_TD: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from xverse.engine.adapters import Loaded
 from xverse.engine.pages import Pages, Table
 from xverse.engine.request import Request, Top
 from xverse.engine.sampler import Sampler
@@ -26,7 +27,8 @@ class Generation:
     `ids` are prompt and answer so far; keys and values of the first `held` are in `table`. The
     last `pending` of them are being chosen by steps under way: until those land, UNKNOWN stands
     there. While it runs it has a `slot`, a row of what the device keeps for each sequence.
-    `reused` is how many tokens it found in shared pages when it first ran.
+    `reused` is how many tokens it found in shared pages when it first ran. `adapter` changes the
+    decoder's layers for its tokens.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Generation:
     pending: int = 0
     slot: int = -1
     reused: int | None = None
+    adapter: Loaded | None = None
 
     def put(self, place: int, id: int) -> None:
         """The token chosen for `place`: one that was pending, or one after a guess that was

@@ -98,16 +98,17 @@ class PackedBlock(nn.Module):
 
 
 @torch.no_grad()
-def prepare(decoder: Decoder) -> Decoder:
+def prepare(decoder: Decoder, *, blocks: bool = True) -> Decoder:
     """Repack the quantized layers of a fused decoder in place, one after another.
 
     Experts, fp8 weights, and everything on a GPU or where nothing was compiled stay as they are:
-    `why_not` says so of a layer.
+    `why_not` says so of a layer. Without `blocks` each layer is
+    repacked by itself, for whoever adds something behind it.
     """
     stack = decoder.model
     for number, block in enumerate(stack.layers):
         assert isinstance(block, Block), "it is prepared once"
-        if not _why_whole_not(block):
+        if blocks and not _why_whole_not(block):
             stack.layers[number] = PackedBlock(block)
             continue
         for parent in list(block.modules()):
