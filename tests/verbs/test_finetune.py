@@ -97,7 +97,7 @@ def test_an_adapter_learns_and_is_merged(
     assert len(adapter.weights) == 4 * 7
     assert adapter.chat_format == "v2"
     [saved] = list((tmp_path / "a" / "run" / "checkpoints").glob("*/shard-*"))[-1:]
-    assert saved.stat().st_size < 3.5 * 4 * sum(part.nbytes for part in adapter.weights.values())
+    assert saved.stat().st_size < 3.5 * adapter.nbytes  # its weights and their two moments
 
     export = ["export", str(model), str(tmp_path / "b"), "--to", "merged", "--adapter"]
     assert cli.run([*export, str(tmp_path / "a")]) == 0

@@ -47,10 +47,12 @@ class Adapted(nn.Module):
         if not self.on:
             return y_TN
         a_RD, b_NR = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
-        dropped_TD = functional.dropout(x_TD, self.dropout, self.training)
-        more_TN = functional.linear(functional.linear(dropped_TD, a_RD), b_NR) * self.scale
+        if self.dropout:  # with a share of 0, PyTorch would still write a mask
+            x_TD = functional.dropout(x_TD, self.dropout, self.training)
+        low_TR = functional.linear(x_TD, a_RD) * self.scale
         if self.magnitude is None:
-            return y_TN + more_TN
+            return torch.addmm(y_TN, low_TR, b_NR.T)  # one pass over y, which is the wide one
+        more_TN = functional.linear(low_TR, b_NR)
         magnitude_N = self.magnitude if expert is None else self.magnitude[expert]
         # The length is a constant to the gradient: section 4.3 of the paper, half the memory.
         share_N = magnitude_N / row_lengths(self, expert).to(magnitude_N.dtype)

@@ -99,7 +99,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Fine-tune as the published command asks. Exit codes as `xverse finetune`; 2: misused."""
     words = list(sys.argv[1:] if args is None else args)
     try:
-        return _train(_parse(words), [word.split("=")[0].lstrip("-") for word in words])
+        given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+        return _train(_parse(words), given)
     except XverseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -201,7 +202,7 @@ def _deepspeed(asked: argparse.Namespace, ranks: int) -> Mapped | None:
 
 def config_of(asked: argparse.Namespace, mapped: Mapped | None, ranks: int) -> Config:
     """The options of `xverse finetune` that the arguments mean, for so many processes."""
-    weights = asked.finetuning_type
+    weights: Any = asked.finetuning_type
     if asked.quantization_bit is not None:
         weights = _quantized(asked)
     beta = asked.pref_beta if asked.dpo_beta is None else asked.dpo_beta
@@ -314,8 +315,6 @@ def _print_tables(
     notes = {old: f"the same as --{new}, its name today" for old, new in RENAMED.items()}
     for name in given:
         known = RENAMED.get(name, name)
-        if known not in ARGUMENTS:
-            continue  # a value, not a name
         became = notes.get(name) or ARGUMENTS[known][2] or "as it says"
         table.add_row(name, str(getattr(asked, known)), became)
     if config.held_out and not asked.val_size:
