@@ -105,10 +105,12 @@ def test_an_adapter_learns_and_is_merged(
     plain = logits(base)
     for name, change in adapter.weights.items():
         scale = adapter.scale(name)
+        weight_ND = base.get_submodule(name).weight.float() + scale * change.b_NR @ change.a_RD
+        assert torch.equal(merged.get_submodule(name).weight, weight_ND.bfloat16())
         lora.put_on(base, name, change.a_RD, change.b_NR, scale)
     learned = logits(base)
     assert (learned - plain).norm() > 0.1 * plain.norm()
-    assert (logits(merged) - learned).norm() < 0.02 * learned.norm()  # bf16
+    assert (logits(merged) - learned).norm() < 0.04 * learned.norm()  # bf16, and large weights
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

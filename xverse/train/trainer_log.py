@@ -61,7 +61,7 @@ class TrainerLog:
             ],
         }
         write_json(self.folder / STATE, state)
-        results = {
+        results: dict[str, object] = {
             "epoch": epoch,
             "train_loss": sum(self.losses.values()) / max(1, len(self.losses)),
             "train_runtime": elapsed,
