@@ -62,6 +62,7 @@ def test_front_door() -> None:
         "serve",
         "show",
         "tokenizer",
+        "verify-template",
         "web",
     ],
 )
