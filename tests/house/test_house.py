@@ -63,6 +63,7 @@ def test_front_door() -> None:
         "serve",
         "show",
         "tokenizer",
+        "verify-template",
         "web",
     ],
 )

@@ -21,8 +21,8 @@ def show(samples: Samples | Pairs, tokenizer: Tokenizer, count: int, console: Co
         named = [("", item)] if isinstance(item, Sample) else _named(item)
         for name, sample in named:
             learned = int(sample.learned[1:].sum())
-            console.print(f"\n[b]{number} of {len(samples):,}[/b]{name}: {len(sample.ids):,} tokens, "
-                          f"{learned:,} learned")  # fmt: skip
+            told = f"{len(sample.ids):,} tokens, {learned:,} learned"
+            console.print(f"\n[b]{number} of {len(samples):,}[/b]{name}: {told}")
             console.print(_painted(sample, tokenizer, _has_colours(console)), soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from starlette.concurrency import run_in_threadpool
 
@@ -33,6 +34,18 @@ from xverse.text.tokenizer import Tokenizer
 
 INT64 = 2**63
 IN_LOOP = 4096  # characters; more is encoded in a thread, so that nobody's tokens wait for it
+
+
+def prompt_of(
+    config: Mapping[str, object],
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, object]] | None,
+    now: datetime | None = None,
+) -> list[int]:
+    """The ids that a conversation becomes here, where config.json is `config`."""
+    chat = chat_format(config, tokenizer)
+    return chat.render(messages, tokenizer, tools=tools, add_generation_prompt=True, now=now).ids
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,7 @@ class Service:
         """The exact prompt of a conversation; nothing of it is ever cut."""
 
         def rendered() -> list[int]:
-            chat = chat_format(self.checkpoint.config, self.tokenizer)
-            return chat.render(
-                messages, self.tokenizer, tools=tools, add_generation_prompt=True
-            ).ids
+            return prompt_of(self.checkpoint.config, self.tokenizer, messages, tools)
 
         size = sum(len(str(message.get("content"))) for message in messages)
         with mended("messages"):
