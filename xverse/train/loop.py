@@ -69,7 +69,9 @@ class Run:
         self.best = Best()  # of the evaluations
         self._saved = -1  # the step of the latest checkpoint
         self._paces: deque[float] = deque(maxlen=PACE)
-        self._peak = flops.peak(ranks.device)
+        # The formulas of MFU count the gradients of all weights, which frozen ones have none of.
+        whole = all(parameter.requires_grad for parameter in decoder.parameters())
+        self._peak = flops.peak(ranks.device) if whole else None
 
     def run(self, stop: Stop, *, began: float | None = None) -> Outcome:
         """Go on from the newest checkpoint, or begin; until the last step, or until `stop` is
