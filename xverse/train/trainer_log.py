@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from xverse.errors import XverseError
 from xverse.files import parse_json, write_json
 
 LOG, STATE = "trainer_log.jsonl", "trainer_state.json"
@@ -75,7 +76,14 @@ class TrainerLog:
 
     def plot(self) -> None:
         """training_loss.png, and training_eval_loss.png where anything was evaluated."""
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise XverseError(
+                "The plots cannot be drawn.",
+                "matplotlib is not installed.",
+                "pip install 'xverse-llm[train]', or leave --plot_loss out.",
+            ) from error
 
         for name in ("loss", "eval_loss"):
             points = [(entry["step"], entry[name]) for entry in self.history if name in entry]
