@@ -35,7 +35,7 @@ def verbs() -> dict[str, str]:
     found = {}
     for file in sorted(VERBS.glob("[a-z]*.py")):
         with file.open(encoding="utf-8") as lines:
-            found[file.stem] = next(lines).strip().strip('"')
+            found[file.stem.replace("_", "-")] = next(lines).strip().strip('"')
     return found
 
 
@@ -59,7 +59,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _do(verb: str, args: list[str], description: str) -> int:
-    module = import_module(f"xverse.verbs.{verb}")
+    module = import_module(f"xverse.verbs.{verb.replace('-', '_')}")
     config = parse(
         module.Config, _model_first(args), prog=f"xverse {verb}", description=description
     )

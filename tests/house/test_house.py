@@ -54,6 +54,7 @@ def test_front_door() -> None:
         "doctor",
         "evaluate",
         "export",
+        "finetune",
         "generate",
         "prepare",
         "pretrain",
@@ -62,6 +63,7 @@ def test_front_door() -> None:
         "serve",
         "show",
         "tokenizer",
+        "verify-template",
         "web",
     ],
 )

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from xverse.data.loader import Loader
+from xverse.data.samples import Sample, Samples, samples_of
+from xverse.data.samples import loader_of as lessons_loader
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
 from xverse.parallel.ranks import Ranks
@@ -41,6 +44,31 @@ class Documents:
 
     def document(self, index: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
         return self._documents[index]
+
+
+def answers(count: int = 60) -> Samples:
+    """Of each of the documents above, a beginning that is read and a rest that is learned."""
+    documents = Documents(count, seed=3)
+    found = []
+    for index in range(count):
+        ids = documents.document(index).astype(np.int32)
+        found.append(Sample(ids, np.arange(len(ids)) > len(ids) // 3))
+    samples = samples_of(found)
+    assert isinstance(samples, Samples)
+    return samples
+
+
+def answer_loader(training: Training, ranks: Ranks) -> Loader:
+    """A loader of `answers`, one in a row."""
+    return lessons_loader(
+        answers(),
+        row_tokens=training.row_tokens,
+        rows_per_pass=training.rows_per_pass,
+        passes=training.rows_per_step // training.rows_per_pass // ranks.size,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        packing=False,
+    )
 
 
 def tiny_shape(**changes: Any) -> ModelShape:
@@ -88,6 +116,7 @@ def tiny_run(
     ranks: Ranks = ALONE,
     validation: bool = False,
     documents: Documents | None = None,
+    loader: Loader | None = None,
 ) -> Run:
     """A run in `folder`, which goes on with what is there."""
     training = training or options()
@@ -95,7 +124,7 @@ def tiny_run(
     return Run(
         decoder if decoder is not None else tiny_decoder(),
         objective,
-        loader_of(documents or Documents(), training, ranks),
+        loader or loader_of(documents or Documents(), training, ranks),
         training,
         ranks=ranks,
         checkpoints=Checkpoints(folder / "checkpoints", ranks, keep=training.keep.keep),

@@ -78,7 +78,7 @@ def go_template(chat: XverseFormat, end: str) -> str:
             actions += [f'if eq .Role "{theirs}"', _quoted(chat.prefixes[role]), ".Content"]
             actions += [_quoted(chat.endings[role]), "end"]
     actions += ['if eq .Role "assistant"', opening, ".Content"]
-    actions += ["if not $last", _quoted(end), "end", "end"]
+    actions += ["if not $last", _quoted(end + chat.between), "end", "end"]
     actions += ['if and $last (ne .Role "assistant")', opening, "end", "end"]
     return "\n".join(f"{{{{- {action} -}}}}" for action in actions)
 

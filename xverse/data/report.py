@@ -1,4 +1,4 @@
-"""DIRTY LINES -> A REPORT. What could not be read: each with file, line and reason, counted."""
+"""DIRTY LINES -> A REPORT. What could not be read, or not whole: file, line and reason, counted."""
 
 import json
 from collections import Counter
@@ -50,11 +50,22 @@ class Report:
     """Largest part of all lines that may be dirty; more of them, beyond FREE, stop the reading."""
     read: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    shortened: Counter[str] = field(default_factory=Counter)
 
     @property
     def dirty(self) -> int:
         """Lines that were skipped."""
         return self.reasons.total()
+
+    def shorten(self, unit: Unit, number: int, how: str, detail: str = "") -> None:
+        """Note that line `number` of `unit` is read, but not to its end."""
+        path, line = unit.path, unit.line(number)
+        self.shortened[how] += 1
+        if self.shortened.total() <= SHOWN:
+            logger.warning("%s:%d: cut: %s (%s)", path, line, how, detail)
+        if self.file is not None:
+            entry = {"file": str(path), "line": line, "cut": how, "detail": detail}
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def skip(self, unit: Unit, number: int, reason: str, detail: str = "") -> None:
         """Note that line `number` of `unit` is skipped; XverseError where the budget is used up."""

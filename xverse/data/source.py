@@ -1,23 +1,20 @@
 """FILES -> TEXTS. A corpus in txt, jsonl or parquet, packed or not; dirty lines are reported."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from xverse.data.open_text import MAX_LINE_BYTES, open_bytes, read_lines
 from xverse.data.report import Report, Unit
+from xverse.data.rows import PACKED, parse_row, read_parquet
 from xverse.errors import XverseError
 from xverse.log import logger
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-PACKED = (".gz", ".zst")
 UNIT_BYTES = 64 << 20
 UNKNOWN = "und"  # ISO 639's code of an undetermined language
-ROWS = 256  # of a parquet file, read at once
-MAX_ROW_GROUP_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,8 @@ def _read_jsonl(unit: Unit, reading: Reading, report: Report) -> Iterator[Text]:
         for number, place, line in read_lines(source, unit, report, reading.max_bytes):
             if unit.end is not None and place >= unit.end:
                 return
-            if text := _parse(line, number, unit, reading, report):
+            row = parse_row(line, number, unit, report)
+            if row is not None and (text := _take(row, number, unit, reading, report)):
                 yield text
 
 
@@ -133,24 +131,6 @@ def _next_line(path: Path, start: int) -> int:
         return file.tell()
 
 
-def _parse(line: bytes, number: int, unit: Unit, reading: Reading, report: Report) -> Text | None:
-    if not line.strip():
-        return None
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        report.skip(unit, number, "bad UTF-8", error.reason)
-    except (ValueError, RecursionError) as error:
-        report.skip(unit, number, "bad JSON", str(error)[:200])
-    else:
-        if isinstance(row, dict):
-            return _take(row, number, unit, reading, report)
-        report.skip(unit, number, "bad JSON", "no object")
-    return None
-
-
 def _take(
     row: dict[str, object], number: int, unit: Unit, reading: Reading, report: Report
 ) -> Text | None:
@@ -160,7 +140,7 @@ def _take(
         missing = "missing field" if text is None else "no text"
         report.skip(unit, number, missing, reading.text_field)
         return None
-    if flaw := _flaw(text):
+    if flaw := flaw_of(text):
         report.skip(unit, number, flaw)
         return None
     language, kind = reading.language, reading.kind
@@ -170,7 +150,7 @@ def _take(
     return Text(text, language, kind, unit, number)
 
 
-def _flaw(text: str) -> str:
+def flaw_of(text: str) -> str:
     """Why `text` is no text that can be trained on; "" where it is."""
     if "\0" in text:
         return "NUL"
@@ -234,35 +214,7 @@ def _decode(raw: bytes, number: int, unit: Unit, report: Report) -> str | None:
 
 
 def _read_parquet(unit: Unit, reading: Reading, report: Report) -> Iterator[Text]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise XverseError(
-            f"{unit.path} can't be read.",
-            "The package pyarrow is not installed.",
-            'Run pip install "xverse-llm[data]".',
-        ) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(unit.path) as file:
-            names = {reading.text_field, *reading.language_fields, *reading.kind_fields}
-            names &= set(file.schema_arrow.names)
-            for group in range(file.num_row_groups):
-                rows, size = _row_group(file.metadata.row_group(group))
-                if size > MAX_ROW_GROUP_BYTES:
-                    report.skip(unit, number + 1, "over-long row group", f"{size:,} bytes")
-                    number += rows
-                    continue
-                for batch in file.iter_batches(ROWS, row_groups=[group], columns=sorted(names)):
-                    for row in batch.to_pylist():
-                        number += 1
-                        if text := _take(row, number, unit, reading, report):
-                            yield text
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        report.skip(unit, number + 1, "damaged file", f"the rest is left out: {error}"[:200])
-
-
-def _row_group(facts: Any) -> tuple[int, int]:
-    """(rows, unpacked bytes) of a row group."""
-    return int(facts.num_rows), int(facts.total_byte_size)
+    columns = [reading.text_field, *reading.language_fields, *reading.kind_fields]
+    for row, number in read_parquet(unit, report, columns):
+        if text := _take(row, number, unit, reading, report):
+            yield text

@@ -27,9 +27,63 @@ def cross_entropy(
     Twin: `reference_train.cross_entropy`. `loss` carries the gradient of loss + z_factor * z_loss,
     which is computed on the way; `z_loss` carries none.
     """
-    rows = rows or max(STEP, LOGITS // head_VD.shape[0] // STEP * STEP)
+    rows = rows or _rows(head_VD)
     loss, z_loss = _Chunks.apply(x_TD, head_VD, targets_T, mask_T, z_factor, rows)  # type: ignore[no-untyped-call]
     return Scored(loss, z_loss)
+
+
+def log_probabilities(
+    x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, rows: int | None = None
+) -> Tensor:
+    """log softmax(x @ head.T) of each target, [T] in fp32, `rows` at a time.
+
+    Unlike the loss above, what the gradient of each is multiplied by is known only in the backward
+    pass, in which the logits are therefore made once more.
+    """
+    found: Tensor = _Each.apply(x_TD, head_VD, targets_T, rows or _rows(head_VD))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _rows(head_VD: Tensor) -> int:
+    return max(STEP, LOGITS // head_VD.shape[0] // STEP * STEP)
+
+
+class _Each(torch.autograd.Function):
+    """The log-probability of each target, and its gradient from logits that are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(x_TD, head_VD, targets_T)
+        ctx.rows = rows
+        found = []
+        for x, targets in zip(x_TD.split(rows), targets_T.split(rows), strict=True):
+            logits = functional.linear(x, head_VD).float()
+            picked = logits.gather(-1, targets[:, None])[:, 0]
+            found.append(picked - logits.logsumexp(-1))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, upstream_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_TD, head_VD, targets_T = ctx.saved_tensors
+        wants_x, wants_head = ctx.needs_input_grad[:2]
+        x_gradients = []
+        head_gradient = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
+        parts = (tensor.split(ctx.rows) for tensor in (x_TD, targets_T, upstream_T))
+        for x, targets, upstream in zip(*parts, strict=True):
+            shares = functional.linear(x, head_VD).float().softmax(-1).neg_()
+            shares.scatter_add_(-1, targets[:, None], torch.ones_like(shares[:, :1]))
+            gradient = (shares * upstream[:, None]).to(x.dtype)
+            if wants_x:
+                x_gradients.append(gradient @ head_VD)
+            if head_gradient is not None:
+                head_gradient += gradient.T @ x
+        x_gradient = torch.cat(x_gradients) if wants_x else None
+        return (
+            x_gradient,
+            None if head_gradient is None else head_gradient.to(head_VD.dtype),
+            None,
+            None,
+        )
 
 
 class _Chunks(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from xverse.errors import XverseError
 from xverse.model.linear import Linear, span
+from xverse.quant import gradient
 from xverse.quant.rounding import Rounded, nearest
 from xverse.quant.scheme import Scheme
 
@@ -126,9 +127,9 @@ class QuantizedLinear(nn.Module):
         """The weight as int8 [..., N, D]; of fp8 as it is."""
         return unpack_nibbles(self.weight) if self.scheme.bits == 4 else self.weight
 
-    def dequantized(self, rows: Tensor | int | None = None) -> Tensor:
-        """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension that
-        `rows` names; columns as they are stored."""
+    def dequantized(self, rows: Tensor | int | slice | tuple[int, slice] | None = None) -> Tensor:
+        """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension (of a
+        stack: of the first two) that `rows` names; columns as they are stored."""
         weight, scale, zero = self.weight, self.scale, self.zero
         if rows is not None:
             weight, scale = weight[rows], scale[rows]
@@ -145,7 +146,9 @@ class QuantizedLinear(nn.Module):
         """x @ w.T + bias; of a stack, by the layer of that expert."""
         if self.order is not None:
             x_TD = x_TD[..., self.order]
-        if self.scheme.group_size is None and self.zero is None:
+        if torch.is_grad_enabled() and x_TD.requires_grad:
+            y_TN = gradient.multiply(self, x_TD, expert)
+        elif self.scheme.group_size is None and self.zero is None:
             # Steps are exact in 16 bits, and their scale is better applied to the sum.
             steps = self.integers() if expert is None else self._steps(expert)
             scale = self.scale if expert is None else self.scale[expert]

@@ -11,6 +11,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -29,11 +30,22 @@ from xverse.server.metrics import Metrics
 from xverse.server.queue import FairQueue
 from xverse.server.supervisor import Supervisor
 from xverse.server.watch import Watch
-from xverse.text.chat import Message
+from xverse.text.message import ChatFormat, Message
 from xverse.text.tokenizer import Tokenizer
 
 INT64 = 2**63
 IN_LOOP = 4096  # characters; more is encoded in a thread, so that nobody's tokens wait for it
+
+
+def prompt_of(
+    chat: ChatFormat,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, object]] | None,
+    now: datetime | None = None,
+) -> list[int]:
+    """The ids that a conversation becomes here."""
+    return chat.render(messages, tokenizer, tools=tools, add_generation_prompt=True, now=now).ids
 
 
 @dataclass(frozen=True)
@@ -104,10 +116,7 @@ class Service:
         adapter); nothing of it is ever cut."""
 
         def rendered() -> list[int]:
-            chat = self.models.chat_format(model)
-            return chat.render(
-                messages, self.tokenizer, tools=tools, add_generation_prompt=True
-            ).ids
+            return prompt_of(self.models.chat_format(model), self.tokenizer, messages, tools)
 
         size = sum(len(str(message.get("content"))) for message in messages)
         with mended("messages"):

@@ -2,9 +2,11 @@
 
 The published models differ in their role names and line ends, and in how text is cut into ids:
 
-    v1  XVERSE-13B-Chat of 2023-08   role and content encoded together; user, assistant only
-    v2  7B, 13B-2, 65B, 13B-256K     role and content encoded separately
-    v3  MoE-A4.2B                    as v2; lower-case roles, one line end
+    v1       XVERSE-13B-Chat of 2023-08   role and content encoded together; user, assistant only
+    v2       7B, 13B-2, 65B, 13B-256K     role and content encoded separately
+    v3       MoE-A4.2B                    as v2; lower-case roles, one line end
+    default  models made by the published fine-tuning command (docs/decisions/0027)
+    xverse   models made by the same trainer with the template of that name
 
 The end-of-text id follows each assistant message; nothing comes before the first message.
 A Jinja template is one joint text, so that the templates here give exactly v1's ids, but differ
@@ -12,23 +14,22 @@ from v2 and v3 where a content's first letters merge with the space before them:
 is [..., ":", "▁H", ...] jointly and [..., ":", "▁", "H", ...] separately.
 """
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
 
 from xverse.errors import XverseError
 from xverse.log import logger
-from xverse.text.message import ChatFormat, Cut, Encoded, Message, check_messages
+from xverse.text.formats import DEFAULT, V1, V2, V3, XVERSE, XVERSE_FORMATS, XverseFormat
+from xverse.text.message import ChatFormat, Cut, Encoded, Message
 from xverse.text.template import TemplateFormat
 from xverse.text.tokenizer import Tokenizer
-from xverse.text.tools import render_tool_calls, render_tools
 
 __all__ = [
+    "DEFAULT",
     "V1",
     "V2",
     "V3",
+    "XVERSE",
+    "XVERSE_FORMATS",
     "ChatFormat",
     "Cut",
     "Encoded",
@@ -37,216 +38,11 @@ __all__ = [
     "XverseFormat",
     "chat_format",
     "encode_prompt",
+    "format_named",
     "prompt_budget",
 ]
 
 DEFAULT_ANSWER_TOKENS = 2048  # max_new_tokens of the published generation_config.json
-
-TEMPLATE = """\
-{% set prefixes = PREFIXES %}
-{% set endings = ENDINGS %}
-{% if tools %}
-{{ raise_exception('This template has no place for tools: put them into the first message.') }}
-{% endif %}
-{% for message in messages %}
-{% set role = 'exec' if message['role'] == 'tool' else message['role'] %}
-{% if role not in prefixes %}
-{{ raise_exception('This format has no role ' ~ message['role'] ~ '.') }}
-{% elif message['tool_calls'] %}
-{{ raise_exception('This template has no place for tool calls: write them into the content.') }}
-{% elif (role == 'system' and not loop.first) or (role == 'assistant' and loop.first) %}
-{{ raise_exception('A message with role ' ~ role ~ ' is out of place.') }}
-{% endif %}
-{{ prefixes[role] + message['content'] + endings[role] }}\
-{% if role == 'assistant' %}{{ eos_token }}{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}{{ prefixes['assistant'] }}{% endif %}"""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message as this format has it."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Span:
-    """Some ids, and which of them are trained on."""
-
-    ids: list[int]
-    mask: list[bool]
-
-    @classmethod
-    def join(cls, spans: Iterable["Span"]) -> "Span":
-        """The spans one after another."""
-        parts = list(spans)
-        return cls(
-            [id for part in parts for id in part.ids],
-            [learned for part in parts for learned in part.mask],
-        )
-
-
-@dataclass(frozen=True)
-class XverseFormat:
-    """One of the published formats: what stands before and after the contents of each role."""
-
-    name: str
-    prefixes: Mapping[str, str]
-    endings: Mapping[str, str]
-    joint: bool  # prefix and content are encoded as one text
-
-    @property
-    def template(self) -> str:
-        """The format as a Jinja chat template (see the module's docstring on ids)."""
-        prefixes, endings = (json.dumps(table) for table in (self.prefixes, self.endings))
-        return TEMPLATE.replace("PREFIXES", prefixes).replace("ENDINGS", endings)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        tokenizer: Tokenizer,
-        *,
-        max_prompt_tokens: int | None = None,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        add_generation_prompt: bool | None = None,
-    ) -> Encoded:
-        """Encode `messages` as the published code does, and say in `cut` what did not fit.
-
-        `tools` go into the first user message. Without a budget nothing is ever cut.
-        """
-        turns = self._turns(messages, tools)
-        rounds = _rounds(turns)
-        asks = add_generation_prompt
-        if asks is None:
-            asks = turns[-1].role in {"user", "exec"}
-        span, cut_tokens = self._newest(rounds[-1], tokenizer, asks, max_prompt_tokens)
-        kept = len(rounds[-1])
-        spans = [span]
-        room = math.inf if max_prompt_tokens is None else max_prompt_tokens - len(span.ids)
-        for older in reversed(rounds[:-1]):
-            spans.append(self._encode(older, tokenizer))
-            room -= len(spans[-1].ids)
-            if room < 0:
-                spans.pop()
-                break
-            kept += len(older)
-        span = Span.join(reversed(spans))
-        dropped = turns[: len(turns) - kept]
-        cut = Cut(len(dropped), cut_tokens, any(turn.role == "system" for turn in dropped))
-        return Encoded(span.ids, span.mask, cut if cut != Cut(0, 0, False) else None)
-
-    def _turns(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] | None
-    ) -> list[Turn]:
-        check_messages(messages)
-        turns = [self._turn(message, first=not at) for at, message in enumerate(messages)]
-        asked = [at for at, turn in enumerate(turns) if turn.role == "user"]
-        if tools and not asked:
-            raise XverseError(
-                "The tools have no place in this conversation.",
-                "They are listed in the first user message, and there is none.",
-                "Add a user message.",
-            )
-        if tools:
-            first = asked[0]
-            turns[first] = Turn("user", render_tools(tools, turns[first].content))
-        return turns
-
-    def _turn(self, message: Message, *, first: bool) -> Turn:
-        role, content = str(message["role"]), str(message.get("content") or "")
-        if role == "tool" and "exec" in self.prefixes:
-            role = "exec"
-        if role not in self.prefixes:
-            raise XverseError(
-                f"The chat format {self.name} has no role {role!r:.40}.",
-                f"The model was trained with these: {', '.join(self.prefixes)}.",
-                "Use one of them, or another model.",
-            )
-        if role == "system" and not first:
-            raise XverseError(
-                "A system message is not the first message.",
-                "The model was trained with the system message in front only.",
-                "Move it to the front.",
-            )
-        if role == "assistant" and message.get("tool_calls"):
-            calls = render_tool_calls(message["tool_calls"])
-            content = f"{content}\n{calls}" if content else calls
-        return Turn(role, content)
-
-    def _encode(self, turns: Sequence[Turn], tokenizer: Tokenizer) -> Span:
-        return Span.join(self._encode_turn(turn, tokenizer) for turn in turns)
-
-    def _encode_turn(self, turn: Turn, tokenizer: Tokenizer) -> Span:
-        prefix = _plain(tokenizer, self.prefixes[turn.role])
-        content = turn.content + self.endings[turn.role]
-        if self.joint:
-            ids = _plain(tokenizer, self.prefixes[turn.role] + content)
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prefix, strict=False))
-            learned = len(ids) - len(list(same))
-        else:
-            body = _plain(tokenizer, content)
-            ids, learned = prefix + body, len(body)
-        if turn.role != "assistant":
-            return _untrained(ids)
-        mask = [False] * (len(ids) - learned) + [True] * (learned + 1)
-        return Span([*ids, _end_id(tokenizer)], mask)
-
-    def _newest(
-        self, turns: Sequence[Turn], tokenizer: Tokenizer, asks: bool, budget: int | None
-    ) -> tuple[Span, int]:
-        """The newest round, with the beginning of an answer if it `asks` for one, and how many
-        tokens were cut off its message: v1 keeps the prompt's last, v2 and v3 the message's first.
-        """
-        opening = _untrained(_plain(tokenizer, self.prefixes["assistant"]) if asks else [])
-        last = turns[-1]
-        if last.role not in {"user", "exec"}:
-            span = Span.join([self._encode(turns, tokenizer), opening])
-            if budget is not None and len(span.ids) > budget:
-                raise _too_long(len(span.ids), budget)
-            return span, 0
-        if self.joint and asks:
-            text = self.prefixes["user"] + last.content + self.endings["user"]
-            ids, opening = _plain(tokenizer, text + self.prefixes["assistant"]), Span([], [])
-        else:
-            ids = self._encode_turn(last, tokenizer).ids
-        room = len(ids) if budget is None else budget - len(opening.ids)
-        if room < 1:
-            raise _too_long(len(ids), budget or 0)
-        kept = ids[-room:] if self.joint else ids[:room]
-        return Span.join([_untrained(kept), opening]), len(ids) - len(kept)
-
-
-V1 = XverseFormat(
-    name="v1",
-    prefixes={"user": "Human: ", "assistant": "Assistant: "},
-    endings={"user": "\n\n", "assistant": ""},
-    joint=True,
-)
-V2 = XverseFormat(
-    name="v2",
-    prefixes={
-        "system": "Human: ",
-        "user": "Human: ",
-        "exec": "Exec: ",
-        "assistant": "Assistant: ",
-    },
-    endings={"system": "\n", "user": "\n\n", "exec": "\n\n", "assistant": ""},
-    joint=False,
-)
-V3 = XverseFormat(
-    name="v3",
-    prefixes={
-        "system": "system: ",
-        "user": "user: ",
-        "exec": "exec: ",
-        "assistant": "assistant: ",
-    },
-    endings={"system": "\n", "user": "\n", "exec": "\n", "assistant": ""},
-    joint=False,
-)
-XVERSE_FORMATS = {chat.name: chat for chat in (V1, V2, V3)}
 
 
 def chat_format(
@@ -259,14 +55,8 @@ def chat_format(
     template. Raises XverseError where there is none.
     """
     named = named or tokenizer.config.get("xverse_chat_format")
-    if isinstance(named, str) and named in XVERSE_FORMATS:
-        return XVERSE_FORMATS[named]
     if named is not None and named != TemplateFormat.name:
-        raise XverseError(
-            f"There is no chat format {named!r:.40}.",
-            "tokenizer_config.json names it as xverse_chat_format.",
-            f"Use one of {', '.join(XVERSE_FORMATS)} or {TemplateFormat.name}.",
-        )
+        return format_named(named, tokenizer)
     if named is None and config.get("model_type") == "xverse":
         if config.get("num_experts") is not None:
             return V3
@@ -279,6 +69,21 @@ def chat_format(
             "Put a chat_template.jinja into the folder, or use the model with plain prompts.",
         )
     return TemplateFormat(tokenizer.chat_template)
+
+
+def format_named(name: object, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format of this name; "template" is the tokenizer's Jinja template. XverseError where
+    there is none."""
+    if name == TemplateFormat.name and tokenizer.chat_template is not None:
+        return TemplateFormat(tokenizer.chat_template)
+    if not isinstance(name, str) or name not in XVERSE_FORMATS:
+        raise XverseError(
+            f"There is no chat format {name!r:.40}.",
+            "It was asked for, or tokenizer_config.json names it as xverse_chat_format; and "
+            f"{TemplateFormat.name} needs a chat template in the folder.",
+            f"Use one of {', '.join(XVERSE_FORMATS)} or {TemplateFormat.name}.",
+        )
+    return XVERSE_FORMATS[name]
 
 
 def prompt_budget(config: Mapping[str, object], max_new_tokens: int) -> int:
@@ -321,48 +126,3 @@ def encode_prompt(
     if encoded.cut is not None:
         logger.warning("the conversation is longer than the prompt may be: %s", encoded.cut)
     return encoded
-
-
-def _rounds(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Turns by round: a message of the user's side, and the assistant's that follow it. Assistant
-    messages before the first are in none: the published code drops them."""
-    rounds: list[list[Turn]] = []
-    for turn in turns:
-        if turn.role != "assistant":
-            rounds.append([turn])
-        elif rounds:
-            rounds[-1].append(turn)
-    if not rounds:
-        raise XverseError(
-            "The conversation has assistant messages only.",
-            "Each of them answers a message, and there is none.",
-            "Add the user message.",
-        )
-    return rounds
-
-
-def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a piece of the conversation: no special token is parsed in it, none added to it."""
-    return tokenizer.encode(text, add_special=False)
-
-
-def _untrained(ids: list[int]) -> Span:
-    return Span(ids, [False] * len(ids))
-
-
-def _end_id(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_id is None:
-        raise XverseError(
-            "The tokenizer has no end-of-text token.",
-            "The chat format puts it after each of the assistant's messages.",
-            "Name the eos_token in tokenizer_config.json.",
-        )
-    return tokenizer.eos_id
-
-
-def _too_long(length: int, budget: int) -> XverseError:
-    return XverseError(
-        "The conversation does not fit.",
-        f"Its newest round has {length} tokens, and {budget} are allowed.",
-        "Shorten it, or allow a shorter answer.",
-    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from xverse.errors import XverseError
@@ -56,10 +57,23 @@ class ChatFormat(Protocol):
         max_prompt_tokens: int | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool | None = None,
+        now: datetime | None = None,
     ) -> Encoded:
         """Encode `messages`. The beginning of an answer follows if `add_generation_prompt`, or,
-        where that is None, if the last message asks for one. Raises XverseError for messages that
-        the format can't hold."""
+        where that is None, if the last message asks for one. A format that tells the time tells
+        `now`, or else the clock's. Raises XverseError for messages that the format can't hold."""
+
+    def lessons(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        now: datetime | None = None,
+    ) -> list[Encoded]:
+        """What is learned from a conversation, each answer once, and each behind the very ids that
+        the model is asked with when it is to give it. One Encoded where that holds for all answers
+        at once; else several, which repeat what came before. Raises XverseError as `render`."""
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -9,6 +9,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 
 from tokenizers import AddedToken
@@ -22,6 +23,8 @@ from xverse.text.tokenizer import Tokenizer
 MAX_TEMPLATE = 128 << 10  # characters; the longest published ones have about 20,000
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+Borders = tuple[str, str]  # the text before a message, and through its end
 
 
 class TemplateFormat:
@@ -51,20 +54,14 @@ class TemplateFormat:
         max_prompt_tokens: int | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool | None = None,
+        now: datetime | None = None,
     ) -> Encoded:
         """Encode `messages`. The mask is of use for conversations that end with the assistant;
         others are prompts, and theirs is all False. Over the budget, whole old rounds go."""
-        check_messages(messages)
-        if tools and not re.search(r"\btools\b", self.template):
-            raise XverseError(
-                "This model's chat template has no place for tools.",
-                "It never mentions them, so the model would not see them.",
-                "Leave the tools out, or use a model made for function calls.",
-            )
+        page = self._page(messages, tokenizer, tools, now)
         asks = add_generation_prompt
         if asks is None:
             asks = messages[-1]["role"] != "assistant"
-        page = _Page(self.template, tokenizer, [*map(_with_objects, messages)], tools)
         kept = page.fit(asks, max_prompt_tokens)
         ids = page.encode(kept, asks)
         mask = [False] * len(ids)
@@ -72,6 +69,47 @@ class TemplateFormat:
             mask = page.mask(kept, ids)
         dropped = len(messages) - len(kept)
         return Encoded(ids, mask, Cut(dropped, 0, False) if dropped else None)
+
+    def lessons(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        now: datetime | None = None,
+    ) -> list[Encoded]:
+        """What is learned from a conversation: see ChatFormat. Templates that write earlier
+        messages differently once later ones follow (some leave out what was thought) give one
+        Encoded for each answer."""
+        page = self._page(messages, tokenizer, tools, now)
+        borders = page.borders(page.messages)
+        if None not in borders:
+            ids = page.encode(page.messages, asks=False)
+            return [Encoded(ids, page.paint(ids, borders), None)]
+        ends = [at for at, one in enumerate(messages, start=1) if one["role"] == "assistant"]
+        found = []
+        for upto in (page.messages[:end] for end in ends):
+            ids, last = page.encode(upto, asks=False), page.borders(upto)[-1:]
+            if None in last:
+                raise _untrainable("what it asks an answer with is not how it writes that answer")
+            found.append(Encoded(ids, page.paint(ids, last), None))
+        return found
+
+    def _page(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, object]] | None,
+        now: datetime | None,
+    ) -> "_Page":
+        check_messages(messages)
+        if tools and not re.search(r"\btools\b", self.template):
+            raise XverseError(
+                "This model's chat template has no place for tools.",
+                "It never mentions them, so the model would not see them.",
+                "Leave the tools out, or use a model made for function calls.",
+            )
+        return _Page(self.template, tokenizer, [*map(_with_objects, messages)], tools, now)
 
 
 class _Page:
@@ -83,9 +121,10 @@ class _Page:
         tokenizer: Tokenizer,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, object]] | None,
+        now: datetime | None,
     ) -> None:
         self.template, self.tokenizer = template, tokenizer
-        self.messages, self.tools = messages, tools
+        self.messages, self.tools, self.now = messages, tools, now
         added = tokenizer.backend.get_added_tokens_decoder().values()
         specials = sorted((token for token in added if token.special), key=_longest_first)
         self.names = [token.content for token in specials]
@@ -137,26 +176,34 @@ class _Page:
 
     def mask(self, messages: Sequence[Message], ids: list[int]) -> list[bool]:
         """True for the ids of what the assistant says, and for the end after each message."""
+        borders = self.borders(messages)
+        if None in borders:
+            raise _untrainable("it writes earlier messages differently once later ones follow")
+        return self.paint(ids, borders)
+
+    def paint(self, ids: list[int], borders: Sequence["Borders | None"]) -> list[bool]:
+        """The mask of `ids`: True between each two borders, up to the last special token there."""
         mask = [False] * len(ids)
-        whole = self.text(messages, asks=False)
-        for at, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.text(messages[:at], asks=True)
-            after = self.text(messages[: at + 1], asks=False)
-            if not whole.startswith(after):  # some templates end each conversation with it
-                after = after.removesuffix(self.tokenizer.eos_token or "")
-            if not whole.startswith(after) or not after.startswith(before):
-                raise XverseError(
-                    "This chat template can't be trained with.",
-                    "It writes earlier messages differently once later ones follow.",
-                    "Train on conversations of one round, or change the template.",
-                )
+        for before, after in filter(None, borders):
             start, end = (_common(ids, self._ids(part)) for part in (before, after))
             ends = [i for i in range(start, end) if ids[i] in self.tokenizer.special_ids]
             end = ends[-1] + 1 if ends else end
             mask[start:end] = [True] * (end - start)
         return mask
+
+    def borders(self, messages: Sequence[Message]) -> list["Borders | None"]:
+        """Of each of the assistant's messages: the text before it, and that through its end. None
+        where `messages` as a whole do not begin so."""
+        whole = self.text(messages, asks=False)
+        ends = [at for at, one in enumerate(messages, start=1) if one["role"] == "assistant"]
+        return [self._border(messages[:end], whole) for end in ends]
+
+    def _border(self, messages: Sequence[Message], whole: str) -> "Borders | None":
+        before = self.text(messages[:-1], asks=True)
+        after = self.text(messages, asks=False)
+        if not whole.startswith(after):  # some templates end each conversation with it
+            after = after.removesuffix(self.tokenizer.eos_token or "")
+        return (before, after) if whole.startswith(after) and after.startswith(before) else None
 
     def _rendered(self, messages: Sequence[Message], asks: bool, hidden: Mapping[str, str]) -> str:
         pattern = re.compile("|".join(map(re.escape, hidden)) or r"(?!)")
@@ -172,6 +219,8 @@ class _Page:
             "add_generation_prompt": asks,
             **{name: token for name, token in named.items() if token is not None},
         }
+        if self.now is not None:
+            variables["strftime_now"] = self.now.strftime
         try:
             return render(self.template, variables)
         except Exception as error:
@@ -262,3 +311,11 @@ def _with_object(call: object) -> object:
 def _refused(what: str, error: Exception) -> XverseError:
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
     return XverseError(what, why, "Correct the messages, or use another chat template.")
+
+
+def _untrainable(why: str) -> XverseError:
+    return XverseError(
+        "This chat template can't be trained with.",
+        f"{why[0].upper()}{why[1:]}.",
+        "Train on conversations of one round, or change the template.",
+    )

@@ -23,13 +23,22 @@ from torch.utils.checkpoint import (
 from xverse.checkpoint import load
 from xverse.checkpoint.weights import open_weights
 from xverse.device import pick_dtype
+from xverse.errors import XverseError
 from xverse.model.decoder import Block, Decoder
+from xverse.model.embedding import Embedding
 from xverse.model.feedforward import MixtureOfExperts
+from xverse.model.linear import Linear
 from xverse.model.shape import ModelShape
 from xverse.parallel.fsdp import shard
 from xverse.parallel.ranks import Ranks
+from xverse.quant.embedding import QuantizedEmbedding
+from xverse.quant.linear import QuantizedLinear
+from xverse.quant.quantize import quantize_module
+from xverse.quant.recipe import Recipe
 from xverse.train import balance, eight_bits
+from xverse.train.lora import add_lora
 from xverse.train.options import Computing, Training
+from xverse.train.tuning import Lora
 
 STD = 0.02  # `initializer_range` of the published configs
 
@@ -62,14 +71,85 @@ def fresh(shape: ModelShape, options: Training, ranks: Ranks) -> Decoder:
 
 
 def continued(shape: ModelShape, folder: Path, options: Training, ranks: Ranks) -> Decoder:
-    """The decoder of a model folder, of this shape: that of its config, or with another rope."""
+    """The decoder of a model folder, of this shape: that of its config, or with another rope.
+
+    XverseError where the folder is quantized.
+    """
     checkpoint = load.open_checkpoint(folder)
+    if "quantization_config" in checkpoint.config:
+        raise quantized_base(folder, "full")
     dtype = dtype_of(options.compute, ranks)
     decoder = load.build(checkpoint, open_weights(folder), dtype, ranks.device)
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()  # on a CPU they are the files' own memory
     decoder.shape = decoder.rope.shape = shape
     return prepared(decoder.requires_grad_(True), options, ranks).train()
+
+
+def adapted(
+    shape: ModelShape,
+    folder: Path,
+    options: Training,
+    ranks: Ranks,
+    adapter: Lora,
+    *,
+    integers: str | None = None,
+) -> Decoder:
+    """The frozen decoder of a model folder with new adapters, which alone learn.
+
+    `integers` names the form that the linear layers of the blocks are rounded to as each is read
+    (QLoRA); a folder that is quantized already stays as it is. XverseError where it is and
+    `integers` is None, and for products in 8 bits, which adapters have none of.
+    """
+    if options.compute.fp8:
+        raise XverseError(
+            "Adapters do not multiply in FP8.",
+            "compute.fp8 is for weights that learn themselves.",
+            "Leave compute.fp8 out, or take --method full.",
+        )
+    checkpoint = load.open_checkpoint(folder)
+    dtype = dtype_of(options.compute, ranks)
+    stored = "quantization_config" in checkpoint.config
+    if stored and integers is None:
+        raise quantized_base(folder, "lora")
+    keep = None if stored or integers is None else _rounding(shape, integers)
+    decoder = load.build(checkpoint, open_weights(folder), dtype, ranks.device, keep)
+    decoder.shape = decoder.rope.shape = shape
+    decoder = add_lora(_plain_ends(decoder), adapter, seed=options.seed)
+    return prepared(decoder, options, ranks).train()
+
+
+def frozen(shape: ModelShape, folder: Path, options: Training, ranks: Ranks) -> Decoder:
+    """The decoder of a model folder as it is, spread like one to train: what another is held to."""
+    return continued(shape, folder, options, ranks).requires_grad_(False).eval()
+
+
+def quantized_base(folder: Path, method: str) -> XverseError:
+    """The error for a quantized folder where weights are needed."""
+    return XverseError(
+        f"{folder} is quantized, and --method {method} trains on plain weights.",
+        "Integers have no gradient.",
+        "Take --method qlora, or the unquantized model.",
+    )
+
+
+def _rounding(shape: ModelShape, integers: str) -> load.Keep:
+    """What rounds the linear layers of the blocks; head and embedding stay as they are."""
+    recipe = Recipe(Recipe.of(integers).fitting(shape).scheme)
+    return lambda _shape, name, module: quantize_module(name, module, recipe)
+
+
+def _plain_ends(decoder: Decoder) -> Decoder:
+    """The decoder with head and embedding as numbers: the loss is computed with the head's."""
+    table: object = decoder.model.embed_tokens
+    if isinstance(table, QuantizedEmbedding):
+        plain = Embedding(0, 0)
+        plain.weight = torch.nn.Parameter(table.dequantized(), requires_grad=False)
+        decoder.model.embed_tokens = plain
+    if isinstance(decoder.lm_head, QuantizedLinear):
+        bias = decoder.lm_head.bias
+        decoder.lm_head = Linear.of(decoder.lm_head.dequantized(), bias)
+    return decoder
 
 
 def dtype_of(compute: Computing, ranks: Ranks) -> torch.dtype:

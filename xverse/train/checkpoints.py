@@ -65,6 +65,7 @@ class Checkpoints:
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
         assert keep > 0
         self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.pinned = -1  # a step whose checkpoint is kept however old it is
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         # Kept for the next save where it is pinned memory, which is slow to get.
@@ -106,14 +107,18 @@ class Checkpoints:
         tensors: Mapping[str, Tensor],
         *,
         check: Callable[[Mapping[str, object]], None] = lambda facts: None,
+        only: int | None = None,
     ) -> Loaded | None:
-        """Fill `tensors` from the newest checkpoint that is whole; `check` may object to its facts.
+        """Fill `tensors` from the newest checkpoint that is whole, or from that of the step `only`;
+        `check` may object to its facts.
 
         None where there is no checkpoint at all. Raises XverseError where there are, and none of
         them is whole.
         """
         refused: list[str] = []
         for step in self._steps():
+            if only is not None and step != only:
+                continue
             place = self.folder / _name(step)
             manifest = self._checked(place)
             if isinstance(manifest, str):
@@ -241,8 +246,9 @@ class Checkpoints:
 
     def _forget(self) -> None:
         """Remove checkpoints beyond those that are kept, and what was begun and never finished."""
-        for _, place in published(self.folder)[: -self.keep]:
-            shutil.rmtree(place, ignore_errors=True)
+        for step, place in published(self.folder)[: -self.keep]:
+            if step != self.pinned:
+                shutil.rmtree(place, ignore_errors=True)
         for place in self.folder.glob(".step-*.partial*"):
             shutil.rmtree(place, ignore_errors=True)
 

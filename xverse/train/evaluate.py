@@ -1,5 +1,6 @@
 """HELD-OUT DOCUMENTS -> LOSS. By language, in nats a token and in bits a byte of text."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xverse.data.loader import Documents, Loader, Position
+from xverse.data.loader import Documents, Loader
 from xverse.data.shards import Shards
 from xverse.model.decoder import Decoder
 from xverse.parallel.ranks import Ranks
@@ -84,28 +85,48 @@ def evaluate(
     ranks: Ranks,
     stopped: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss over the first `rows` rows of each language, always the same ones.
+    """Loss over the first `rows` rows of each language (0: all), always the same ones.
 
-    Gives "loss" over all of them, "loss.LANGUAGE" in nats a token and "bits_per_byte.LANGUAGE".
-    None where all ranks together find `stopped`.
+    Gives "loss" over all of them, "loss.LANGUAGE" in nats a token and "bits_per_byte.LANGUAGE", and
+    what else the objective tells, over all. None where all ranks together find `stopped`.
     """
+    was_training = decoder.training
+    decoder.eval()  # no dropout, no noise
+    try:
+        return _evaluate(decoder, objective, held, rows, ranks, stopped)
+    finally:
+        decoder.train(was_training)
+
+
+def _evaluate(
+    decoder: Decoder,
+    objective: Objective,
+    held: Mapping[str, Held],
+    rows: int,
+    ranks: Ranks,
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
     found: dict[str, float] = {}
+    also: dict[str, float] = {}
     all_nats = all_units = 0.0
     for language, these in held.items():
         loader = these.loader
         nats = units = 0.0
-        steps = loader.steps(Position())
-        for _ in range(-(-rows // loader.rows_per_step)):
+        count = -(-rows // loader.rows_per_step) or None
+        for step in itertools.islice(loader.once(), count):
             if ranks.any(stopped()):
                 return None
-            step = next(steps)
             for batch in step.passes:
                 part = objective(decoder, batch.to(ranks.device), step.units)
                 nats += float(part.loss) * step.units
+                for name, value in part.also.items():
+                    also[name] = also.get(name, 0.0) + float(value) * step.units
             units += step.units
         nats = ranks.total([nats])[0]
         found[f"loss.{language}"] = nats / units
         if these.targets_per_byte:
             found[f"bits_per_byte.{language}"] = nats / units * these.targets_per_byte / math.log(2)
         all_nats, all_units = all_nats + nats, all_units + units
-    return {"loss": all_nats / all_units, **found}
+    totals = ranks.total(list(also.values()))
+    told = {name: total / all_units for name, total in zip(also, totals, strict=True)}
+    return {"loss": all_nats / all_units, **found, **told}

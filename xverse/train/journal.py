@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 
+Listener = Callable[[Mapping[str, Any]], None]  # told every event, with its name and its time
+
 
 class Journal:
     """What rank 0 writes down of a run; the other ranks have a silent one, without a folder."""
 
     def __init__(
-        self, folder: Path | None, *, tensorboard: bool = False, terminal: TextIO | None = None
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: bool = False,
+        terminal: TextIO | None = None,
+        listener: Listener | None = None,
     ) -> None:
-        self.folder, self._terminal = folder, terminal
+        self.folder, self._terminal, self._listener = folder, terminal, listener
         self._file: TextIO | None = None
         self._board = _board(folder) if folder is not None and tensorboard else None
         if folder is not None:
@@ -37,6 +44,8 @@ class Journal:
         line = {"event": event, "time": time.time()} | {k: _plain(v) for k, v in facts.items()}
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        if self._listener is not None:
+            self._listener(line)
         if self._board is not None and "step" in facts:
             for name, value in facts.items():
                 if isinstance(value, int | float) and name not in ("step", "time"):

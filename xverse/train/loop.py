@@ -15,6 +15,7 @@ from xverse.model.decoder import Decoder
 from xverse.parallel.fsdp import accumulate
 from xverse.parallel.ranks import Ranks
 from xverse.train import flops
+from xverse.train.best import Best
 from xverse.train.checkpoints import Checkpoints, Loaded
 from xverse.train.evaluate import Held, evaluate
 from xverse.train.journal import Journal, progress_line
@@ -65,9 +66,12 @@ class Run:
         self.step = 0  # updates that were made
         self.tokens = 0  # that were learned from
         self.position = Position()  # of the next step's data
+        self.best = Best()  # of the evaluations
         self._saved = -1  # the step of the latest checkpoint
         self._paces: deque[float] = deque(maxlen=PACE)
-        self._peak = flops.peak(ranks.device)
+        # The formulas of MFU count the gradients of all weights, which frozen ones have none of.
+        whole = all(parameter.requires_grad for parameter in decoder.parameters())
+        self._peak = flops.peak(ranks.device) if whole else None
 
     def run(self, stop: Stop, *, began: float | None = None) -> Outcome:
         """Go on from the newest checkpoint, or begin; until the last step, or until `stop` is
@@ -82,7 +86,7 @@ class Run:
         self.journal.note("ready", step=self.step, seconds=time.time() - began)
         data = Prefetch(self.loader.steps(self.position))
         try:
-            while self.step < self.options.steps:
+            while self.step < self.options.steps and not self._hopeless():
                 if self.ranks.any(bool(stop.asked)):
                     return self._stopped(stop)
                 asked = time.monotonic()
@@ -92,7 +96,14 @@ class Run:
         finally:
             data.close()
             self._settle()
+        if self.options.keep.best and self.best.step >= 0:
+            self._take_best()
         return "done"
+
+    def _hopeless(self) -> bool:
+        """Whether so many evaluations in a row were no better that the run shall end."""
+        patience = self.options.keep.patience
+        return 0 < patience <= self.best.since
 
     def _advance(self, step: Step, waited: float, stop: Stop) -> None:
         """One step, whose data was waited for so long, and what falls due after it."""
@@ -102,11 +113,12 @@ class Run:
         self.position = step.after
         if verdict.act == "update":
             self._update(step, found, began, waited)
-            if self.step % self.options.keep.save_every == 0:
+            keep = self.options.keep
+            due = self.step % keep.evaluate_every == 0 or self.step == self.options.steps
+            better = bool(self.validation) and due and self._evaluate(stop)
+            # After the evaluation, of which a checkpoint knows.
+            if self.step % keep.save_every == 0 or (better and keep.best):
                 self._save()
-            due = self.step % self.options.keep.evaluate_every == 0
-            if self.validation and (due or self.step == self.options.steps):
-                self._evaluate(stop)
             return
         self.optimizer.clear()
         facts = {"loss": found.loss, "norm": found.norm, "why": verdict.why}
@@ -170,8 +182,9 @@ class Run:
             "mfu_palm": share * flops.palm(shape, tokens),
         }
 
-    def _evaluate(self, stop: Stop) -> None:
-        """Loss on the validation rows; left out where `stop` is asked meanwhile."""
+    def _evaluate(self, stop: Stop) -> bool:
+        """Loss on the validation rows, and whether it is the least so far; left out where `stop` is
+        asked meanwhile."""
         began = time.monotonic()
         found = evaluate(
             self.decoder,
@@ -181,11 +194,13 @@ class Run:
             self.ranks,
             lambda: bool(stop.asked),
         )
-        if found is not None:
-            seconds = time.monotonic() - began
-            self.journal.note("evaluate", step=self.step, seconds=seconds, **found)
-            told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-            self.journal.say(f"validation after step {self.step}: {told}")
+        if found is None:
+            return False
+        seconds = time.monotonic() - began
+        self.journal.note("evaluate", step=self.step, seconds=seconds, **found)
+        told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+        self.journal.say(f"validation after step {self.step}: {told}")
+        return self.best.see(self.step, found["loss"])
 
     def _stopped(self, stop: Stop) -> Outcome:
         if self._saved != self.step:
@@ -199,6 +214,7 @@ class Run:
             "position": self.position.to_json(),
             "tokens": self.tokens,
             "watchdog": self.watchdog.to_json(),
+            "best": self.best.to_json(),
             "fixed": self.options.fixed(),
             "options": dataclasses.asdict(self.options),
         }
@@ -208,6 +224,7 @@ class Run:
         began = time.monotonic()
         if not wait:
             self._settle()
+        self.checkpoints.pinned = self.best.step if self.options.keep.best else -1
         if self._saved != self.step:
             self.checkpoints.save(self.step, self.optimizer.tensors(), self._facts())
             self._saved = self.step
@@ -233,6 +250,8 @@ class Run:
         facts = found.facts
         self.watchdog.restore(facts["watchdog"])
         self.position = Position(**facts["position"])  # type: ignore[arg-type]
+        if "best" in facts:  # checkpoints of the first release have none
+            self.best = Best.from_json(facts["best"])  # type: ignore[arg-type]
         self.journal.note("resume", step=self.step, refused=list(found.refused))
         self.journal.say(f"goes on after step {self.step}")
 
@@ -252,6 +271,20 @@ class Run:
         self.watchdog.rolled_back(found.step)
         self.journal.note("rollback", step=self.step, seconds=time.monotonic() - began, why=why)
         self.journal.say(f"rolled back to step {self.step}: {why}")
+
+    def _take_best(self) -> None:
+        """The weights of the best evaluation, in the place of the last ones."""
+        if self.best.step != self.step:
+            found = self.checkpoints.load(self.optimizer.tensors(), only=self.best.step)
+            if found is None:
+                raise XverseError(
+                    f"The weights of step {self.best.step}, the best, are gone.",
+                    f"Its checkpoint is no longer in {self.checkpoints.folder}.",
+                    "Train again, or leave keep.best out and have the last weights.",
+                )
+            self._take(found)
+        self.journal.note("best", step=self.best.step, loss=self.best.loss)
+        self.journal.say(f"the best is step {self.best.step}: loss {self.best.loss:.4f}")
 
     def _take(self, found: Loaded) -> None:
         self.optimizer.adopt()

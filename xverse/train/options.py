@@ -15,8 +15,11 @@ class Updating:
     """muon: for the matrices of the blocks, and AdamW for all else."""
     learning_rate: float = 3e-4
     """The highest of the schedule."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """wsd: warm-up, stable, then a linear decay over the last `decay_share` of the steps."""
+    first_step: Literal[0, 1] = 1
+    """The number of the first step in the schedule: 1, or 0 as transformers has it, where the first
+    step of a warm-up changes nothing."""
     warmup_steps: int = 100
     lowest_share: float = 0.1
     """Of the learning rate, at the schedule's end."""
@@ -64,7 +67,11 @@ class Keeping:
     evaluate_every: int = 500
     """Steps between evaluations on the validation shards, if there are any."""
     evaluate_rows: int = 64
-    """Rows of each."""
+    """Rows of each; 0: all there are."""
+    best: bool = False
+    """Take the weights of the evaluation with the least loss in the end, not the last ones."""
+    patience: int = 0
+    """Evaluations in a row that are no better than the best; after them the run ends. 0: never."""
     log_every: int = 1
     """Steps between lines on the terminal; metrics.jsonl has every step."""
     tensorboard: bool = False
@@ -148,6 +155,7 @@ class Training:
             at_least=0,
             names=("learning_rate", "warmup_steps", "clip", "weight_decay", "decay_share"),
         )
+        _require(self.keep, at_least=0, names=("evaluate_rows", "patience"))
         for name in ("beta1", "beta2", "lowest_share", "decay_share"):
             value = getattr(update, name)
             if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):

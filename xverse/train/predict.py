@@ -28,28 +28,39 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def memory(shape: ModelShape, options: Training, *, dtype: str, ranks: int) -> Memory:
-    """The peak of a step, by parts; it is reached where the backward pass begins."""
+def memory(
+    shape: ModelShape,
+    options: Training,
+    *,
+    dtype: str,
+    ranks: int,
+    learned: int | None = None,
+    frozen: int = 0,
+) -> Memory:
+    """The peak of a step, by parts; it is reached where the backward pass begins.
+
+    Of adapters, `learned` parameters learn beside `frozen` bytes of weights; else all learn.
+    """
     size = SIZES[dtype]
     _, shards = options.mesh.resolve(ranks)
-    held = -(-shape.num_parameters // shards)
+    held = -(-(shape.num_parameters if learned is None else learned) // shards)
     single = dtype == "float32" or options.update.master == "none"
     moments = 2 * SIZES[options.update.moments]
     if options.update.optimizer == "muon":
         matrices = shape.num_linear_parameters / shape.num_parameters
         moments = round(4 * matrices + moments * (1 - matrices))
-    gathered = 0 if shards == 1 else size * _largest_units(shape, options)
+    gathered = 0 if shards == 1 or learned is not None else size * _largest_units(shape, options)
     tokens = options.rows_per_pass * options.row_tokens
     logits = min(LOGITS, tokens * shape.vocab_size)
     head = shape.vocab_size * shape.hidden_size
     return Memory(
-        weights=size * held,
+        weights=size * held + frozen,
         masters=0 if single else 4 * held,
         moments=moments * held,
         gradients=size * held,
         gathered=gathered,
         activations=size * tokens * activations(shape, options.compute.recompute),
-        loss=(2 * size + 4) * logits + 4 * head,
+        loss=(2 * size + 4) * logits + (4 * head if learned is None else 0),
     )
 
 

@@ -1,7 +1,7 @@
 """TRAINED WEIGHTS -> MODEL FOLDER. What `xverse chat` and every other verb can take."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from xverse.checkpoint.save import expert_name
 from xverse.files import write_json
 from xverse.model.shape import ModelShape
 from xverse.parallel.ranks import Ranks
-from xverse.text.chat import chat_format
+from xverse.text.chat import ChatFormat, chat_format
 from xverse.text.tokenizer import Tokenizer
 
 ASIDE = ".model.partial"
@@ -27,12 +27,16 @@ def publish(
     ranks: Ranks,
     *,
     dtype: torch.dtype,
+    chat: ChatFormat | None = None,
+    generation: Mapping[str, object] | None = None,
     **facts: object,
 ) -> None:
     """Write the model into `folder`, rank 0 alone; the others only give their parts of `weights`.
 
-    Everything is written beside first, and moved into place with the manifest last: a folder that
-    has a manifest.json is whole. `facts` go into it.
+    `chat` is the format that conversations are written in, by default the shape's own one;
+    `generation` what generation_config.json holds beside the ids. Everything is written
+    beside first, and moved into place with the manifest last: a folder that has a manifest.json is
+    whole. `facts` go into it.
     """
     if not ranks.first:
         for _ in weights:
@@ -53,8 +57,10 @@ def publish(
     }
     config |= {name: id for name, id in ids.items() if id is not None}
     write_json(aside / "config.json", config)
-    write_json(aside / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    chat = chat_format(config, tokenizer) if shape.model_type == "xverse" else None
+    own = {name: id for name, id in ids.items() if id is not None}
+    write_json(aside / "generation_config.json", own | dict(generation or {}))
+    if chat is None and shape.model_type == "xverse":
+        chat = chat_format(config, tokenizer)
     tokenizer.save(
         aside,
         chat_template=chat.template if chat else None,

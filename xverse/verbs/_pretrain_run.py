@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import sys
 from pathlib import Path
 
 from xverse.checkpoint.load import open_checkpoint, open_tokenizer
@@ -16,18 +14,14 @@ from xverse.model.decoder import Decoder
 from xverse.model.shape import ModelShape, RopeScaling
 from xverse.parallel.ranks import Ranks
 from xverse.text.tokenizer import Tokenizer
-from xverse.train import build, randomness
-from xverse.train.account import account
-from xverse.train.checkpoints import Checkpoints
+from xverse.train import build
 from xverse.train.evaluate import Held, held_out, loader_of
-from xverse.train.journal import Journal, last_steps, plot
 from xverse.train.loop import Outcome, Run
 from xverse.train.objective import pretrain
 from xverse.train.publish import publish
 from xverse.train.stop import Stop
+from xverse.verbs._training_run import TrainingRun
 from xverse.verbs.pretrain import Config
-
-RUN = "run"  # the folder inside the model's that holds checkpoints and metrics
 
 
 class Pretraining:
@@ -36,76 +30,50 @@ class Pretraining:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.out = Path(config.out).expanduser()
-        shards = Shards.open(config.shards)
-        self.tokenizer = _tokenizer(config, shards)
-        self.shape = shape_of(config, shards.vocab_size)
-        held = _held_out(config, shards, ranks)
-        folder = self.out / RUN
-        terminal = None if config.json or not ranks.first else sys.stderr
-        self.journal = Journal(
-            folder if ranks.first else None,
-            tensorboard=config.keep.tensorboard,
-            terminal=terminal,
-        )
-        if ranks.first:
-            _record(folder, config, self.shape)
-        randomness.seed_all(config.seed, ranks.rank)
-        objective = functools.partial(
-            pretrain,
-            z_factor=config.compute.z_loss,
-            balance=config.compute.balance if self.shape.num_experts else 0.0,
-        )
-        self.run = Run(
-            self._decoder(),
-            objective,
-            loader_of(shards, config, ranks),
-            config,
-            ranks=ranks,
-            checkpoints=Checkpoints(folder / "checkpoints", ranks, keep=config.keep.keep),
-            journal=self.journal,
-            validation=held,
-        )
+        self.shards = Shards.open(config.shards)
+        self.tokenizer = _tokenizer(config, self.shards)
+        self.shape = shape_of(config, self.shards.vocab_size)
+        self.held = _held_out(config, self.shards, ranks)
+        record = {"config": dataclasses.asdict(config), "shape": self.shape.to_config()}
+        self.run = TrainingRun(self.out, config, ranks, record=record, quiet=config.json)
 
     def train(self, stop: Stop, began: float) -> Outcome:
         """Train, and write the model folder where the last step was reached."""
-        try:
-            outcome = self.run.run(stop, began=began)
-            if outcome == "done":
-                self._publish()
-            if self.ranks.first:
-                plot(last_steps(self.journal.events()), self.out / RUN / "loss.png")
-            return outcome
-        finally:
-            self.journal.close()
+        objective = functools.partial(
+            pretrain,
+            z_factor=self.config.compute.z_loss,
+            balance=self.config.compute.balance if self.shape.num_experts else 0.0,
+        )
+        loader = loader_of(self.shards, self.config, self.ranks)
+        return self.run.train(
+            self._decoder(),
+            objective,
+            loader,
+            self._publish,
+            stop,
+            validation=self.held,
+            began=began,
+        )
 
     def report(self) -> dict[str, object]:
         """Where the run stands, and where its time went."""
-        steps = last_steps(self.journal.events())
-        seconds = account(self.journal.events())
-        return {
-            "folder": str(self.out),
-            "step": self.run.step,
-            "tokens": self.run.tokens,
-            "loss": steps[-1]["loss"] if steps else None,
-            "effective": seconds.pop("effective"),
-            "seconds": seconds,
-        }
+        return self.run.report()
 
     def _decoder(self) -> Decoder:
         if self.config.start:
             return build.continued(self.shape, resolve(self.config.start), self.config, self.ranks)
         return build.fresh(self.shape, self.config, self.ranks)
 
-    def _publish(self) -> None:
+    def _publish(self, loop: Run) -> None:
         """In what was computed in: masters are rounded to it."""
         publish(
             self.out,
             self.shape,
-            self.run.optimizer.weights(),
+            loop.optimizer.weights(),
             self.tokenizer,
             self.ranks,
             dtype=build.dtype_of(self.config.compute, self.ranks),
-            trained={"steps": self.run.step, "tokens": self.run.tokens},
+            trained={"steps": loop.step, "tokens": loop.tokens},
         )
 
 
@@ -136,13 +104,6 @@ def _tokenizer(config: Config, shards: Shards) -> Tokenizer:
             "Name that one with --tokenizer, or prepare the data again with this one.",
         )
     return tokenizer
-
-
-def _record(folder: Path, config: Config, shape: ModelShape) -> None:
-    """The options as they are now, beside what they make; one more line for each call."""
-    facts = {"config": dataclasses.asdict(config), "shape": shape.to_config()}
-    with (folder / "options.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def shape_of(config: Config, vocab_size: int) -> ModelShape:

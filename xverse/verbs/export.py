@@ -1,4 +1,4 @@
-"""Write a model in another form: safetensors, a GGUF file for llama.cpp, a folder for Ollama."""
+"""Write a model in another form: safetensors, GGUF, a folder for Ollama, an adapter taken in."""
 
 import json
 import sys
@@ -23,8 +23,11 @@ class Config:
     """Folder, GGUF file, alias or hub id; quantized folders too."""
     out: Annotated[str, tyro.conf.Positional]
     """The new folder (for gguf the new .gguf file); it must not exist, or be an empty folder."""
-    to: Literal["safetensors", "gguf", "ollama"] = "safetensors"
-    """safetensors: the same values; gguf: one file; ollama: that file and a Modelfile."""
+    to: Literal["safetensors", "gguf", "ollama", "merged"] = "safetensors"
+    """safetensors: the same values; gguf: one file; ollama: that file and a Modelfile; merged: the
+    model with an adapter taken in."""
+    adapter: str = ""
+    """PEFT folder that --to merged takes in, as `xverse finetune` writes it."""
     type: GgufType | None = None
     """How a GGUF file stores matrices; f16 where not given, q4_k is llama.cpp's Q4_K_M."""
     json: bool = False
@@ -37,7 +40,10 @@ def run(config: Config) -> int:
 
     log.setup("INFO")  # what stays behind, such as code, is told
     out = Path(config.out).expanduser()
-    if config.to == "safetensors":
+    _require_adapter(config)
+    if config.to == "merged":
+        facts, following = _merged(config, resolve(config.model), out)
+    elif config.to == "safetensors":
         facts, following = _safetensors(config, resolve(config.model), out)
     elif config.to == "gguf":
         facts, following = _gguf(config, resolve(config.model), out)
@@ -47,6 +53,29 @@ def run(config: Config) -> int:
     if not config.json:
         print(f"next: {following}", file=sys.stderr)
     return 0
+
+
+def _require_adapter(config: Config) -> None:
+    """Raise XverseError unless an adapter is named exactly where it has a meaning."""
+    if (config.to == "merged") is not bool(config.adapter):
+        raise XverseError(
+            "--to merged and --adapter go together.",
+            "An adapter is taken into a model, and only then is there one to name.",
+            "Name the PEFT folder with --adapter, or leave both out.",
+        )
+    if config.to == "merged" and config.type is not None:
+        raise XverseError(
+            f"--type {config.type} has no meaning for merged.",
+            "The model keeps its dtype.",
+            "Leave it out, and export the merged folder --to gguf then.",
+        )
+
+
+def _merged(config: Config, model: Path, out: Path) -> tuple[dict[str, object], str]:
+    from xverse.checkpoint.merge import merge
+
+    merge(model, Path(config.adapter).expanduser(), out)
+    return {"folder": str(out), "adapter": config.adapter}, f"xverse chat {out}"
 
 
 def _safetensors(config: Config, model: Path, out: Path) -> tuple[dict[str, object], str]:

@@ -14,6 +14,7 @@ from xverse.train.options import Training
 
 if TYPE_CHECKING:
     from xverse.parallel.ranks import Ranks
+    from xverse.train.loop import Outcome
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
 
@@ -131,15 +132,13 @@ def _print_plan(config: Config, facts: dict[str, object]) -> None:
     print("next: the same without --dry-run", file=sys.stderr)
 
 
-def _tell(config: Config, outcome: str, report: dict[str, object]) -> None:
+def _tell(config: Config, outcome: "Outcome", report: dict[str, object]) -> None:
     if config.json:
         print(json.dumps({"outcome": outcome, **report}))
         return
-    seconds = report["seconds"]
-    assert isinstance(seconds, dict)
-    told = ", ".join(f"{cause} {spent:.1f}" for cause, spent in seconds.items() if spent >= 0.05)
-    print(f"{outcome} after step {report['step']} of {config.steps}; seconds: {told}")
-    print(f"effective training time {report['effective']:.1%}")
+    from xverse.verbs._training_run import tell
+
+    tell(report, outcome, config.steps)
     again = " ".join(["xverse pretrain", config.shards, "--out", config.out, "..."])
     following = (
         again if outcome == "stopped" else f"xverse generate {config.out} 'Once upon a time'"

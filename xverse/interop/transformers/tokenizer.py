@@ -73,7 +73,7 @@ class XverseTokenizerFast(PreTrainedTokenizerFast):
         changed = chat_template is not None or (own and self.chat_template != own.template)
         set_others = sorted(key for key, value in others.items() if value not in (None, False, {}))
         if own is None or changed or not tokenize or set_others:
-            if own is not None and not own.joint and tokenize and not changed:
+            if own is not None and "assistant" not in own.joint and tokenize and not changed:
                 warn_once(f"with {', '.join(set_others)} the prompt is encoded as one joint text")
             return super().apply_chat_template(
                 conversation,  # type: ignore[arg-type]
