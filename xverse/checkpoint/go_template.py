@@ -6,10 +6,10 @@ text around an action. Anything else is an error: this is no Go.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "eq": lambda values: values[0] == values[1],
     "ne": lambda values: values[0] != values[1],
     "and": all,
@@ -71,7 +71,8 @@ class _Page:
             head, inner = what
             return self.written(inner, dot) if self._value(head, dot) else ""
         if kind == "range":
-            return self._range(*what, dot)
+            head, inner = what
+            return self._range(head, inner, dot)
         name, assigned, value = what.partition(" := ")
         if not assigned:
             return str(self._value(what, dot))

@@ -77,7 +77,7 @@ def _tables(
         unit = Unit(file)
         if not row_format(file):
             texts = read_unit(unit, Reading(), report)
-            rows = (Row({"text": text.text}, text.number) for text in texts)
+            rows: Iterator[Row] = (Row({"text": text.text}, text.number) for text in texts)
             layout = layout_of("text", False)
         else:
             rows = read_rows(file, report)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Generic, NamedTuple, TypeVar, cast, overload
+from typing import Generic, NamedTuple, Self, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ class _Lessons(Sequence[Item], Generic[Item]):
         """Which of them are to be said."""
         return self._sample(index).learned
 
-    def split(self, share: float, seed: int) -> tuple["_Lessons[Item]", "_Lessons[Item]"]:
+    def split(self, share: float, seed: int) -> tuple[Self, Self]:
         """(what to learn from, what to hold out): `share` of the rows if below 1, else so many,
         drawn by `seed`. What one row of the data gave stays together.
 
@@ -102,9 +102,9 @@ class _Lessons(Sequence[Item], Generic[Item]):
         held = np.isin(self._table.rows, drawn)
         return self._part(~held), self._part(held)
 
-    def _part(self, chosen: BoolArray) -> "_Lessons[Item]":
-        starts, lengths, rows = (part[chosen] for part in self._table[2:])
-        return type(self)(self._table._replace(starts=starts, lengths=lengths, rows=rows))
+    def _part(self, chosen: BoolArray) -> Self:
+        ids, learned, starts, lengths, rows = self._table
+        return type(self)(_Table(ids, learned, starts[chosen], lengths[chosen], rows[chosen]))
 
     def _sample(self, index: int) -> Sample:
         start = self._table.starts[index]

@@ -92,9 +92,7 @@ def conversations(tokenizer: Tokenizer) -> dict[str, list[Message]]:
         ),
         "system": _said("system:Be brief.", "user:Hi", "assistant:Hello"),
         "empty system": _said("system:", "user:Hi", "assistant:Hello"),
-        "Chinese": _said(
-            "user:你好，你是谁？", "assistant:模型。", "user:谢谢", "assistant:不客气"
-        ),
+        "Chinese": _said("user:你好，你是谁？", "assistant:模型。", "user:谢谢", "assistant:好"),
         "lines and spaces": _said("user:  a\n\n b \n", "assistant:\n\nx", "user: y", "assistant:z"),
         "special tokens": _said(f"user:a{end}b", f"assistant:c{end}", "user:d", "assistant:e"),
         "function call": [
