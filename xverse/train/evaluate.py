@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from xverse.data.loader import Documents, Loader, Position
 from xverse.data.shards import Shards
-from xverse.model.decoder import Decoder
+from xverse.parallel.grid import grid_of
 from xverse.parallel.ranks import Ranks
-from xverse.train.objective import Objective
 from xverse.train.options import Training
+from xverse.train.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ def held_out(shards: Shards, options: Training, ranks: Ranks) -> dict[str, Held]
 
 def loader_of(documents: Documents, options: Training, ranks: Ranks) -> Loader:
     """The loader of a run: its rows, its seed, this rank's share."""
+    grid = grid_of(ranks, options.mesh)
     return Loader(
         documents,
         row_tokens=options.row_tokens,
         rows_per_step=options.rows_per_step,
         rows_per_pass=options.rows_per_pass,
-        rank=ranks.rank,
-        ranks=ranks.size,
+        rank=grid.reader,
+        ranks=grid.axes.readers,
         seed=options.seed,
     )
 
 
 @torch.no_grad()
 def evaluate(
-    decoder: Decoder,
-    objective: Objective,
+    passes: Passes,
     held: Mapping[str, Held],
     rows: int,
     ranks: Ranks,
@@ -99,9 +99,8 @@ def evaluate(
             if ranks.any(stopped()):
                 return None
             step = next(steps)
-            for batch in step.passes:
-                part = objective(decoder, batch.to(ranks.device), step.units)
-                nats += float(part.loss) * step.units
+            loss, _ = passes(step, learn=False)
+            nats += float(loss) * step.units
             units += step.units
         nats = ranks.total([nats])[0]
         found[f"loss.{language}"] = nats / units

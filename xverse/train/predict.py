@@ -31,7 +31,7 @@ class Memory:
 def memory(shape: ModelShape, options: Training, *, dtype: str, ranks: int) -> Memory:
     """The peak of a step, by parts; it is reached where the backward pass begins."""
     size = SIZES[dtype]
-    _, shards = options.mesh.resolve(ranks)
+    shards = options.mesh.resolve(ranks).shard
     held = -(-shape.num_parameters // shards)
     single = dtype == "float32" or options.update.master == "none"
     moments = 2 * SIZES[options.update.moments]

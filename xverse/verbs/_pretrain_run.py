@@ -50,11 +50,7 @@ class Pretraining:
         if ranks.first:
             _record(folder, config, self.shape)
         randomness.seed_all(config.seed, ranks.rank)
-        objective = functools.partial(
-            pretrain,
-            z_factor=config.compute.z_loss,
-            balance=config.compute.balance if self.shape.num_experts else 0.0,
-        )
+        objective = functools.partial(pretrain, z_factor=config.compute.z_loss)
         self.run = Run(
             self._decoder(),
             objective,
