@@ -40,13 +40,13 @@ class Stage(nn.Module):
         self.given: Sequence[Inputs] = ()
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        """Of pass `number` [1]: ids [1, T] on the first stage, else hidden states [1, T, D]."""
+        """Of pass `number` [1]: ids [T] on the first stage, else hidden states [T, D]."""
         given = self.given[int(number)]
-        x_TD = x[0] if self.embed_tokens is None else self.embed_tokens(x[0])
+        x_TD = x if self.embed_tokens is None else self.embed_tokens(x)
         cos_TE, sin_TE = self.turns(given.positions, given.kv, self.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, cos_TE, sin_TE, given.kv)
-        return (x_TD if self.norm is None else self.norm(x_TD))[None]
+        return x_TD if self.norm is None else self.norm(x_TD)
 
 
 def cut_layers(shape: ModelShape, stages: int, row_tokens: int) -> list[range]:
@@ -164,14 +164,14 @@ class Pipeline:
         number = torch.arange(self.passes)
         call = self._schedule.step if learn else self._schedule.eval
         call(
-            *([torch.stack(list(ids))] if self.first else []),
+            *([torch.cat(list(ids))] if self.first else []),
             number=number,
             **({"target": number} if self.last else {}),
             **({"return_outputs": False} if learn else {}),
         )
 
-    def _scored(self, x_1TD: Tensor, number: Tensor) -> Tensor:
-        return self.loss(x_1TD[0], int(number))
+    def _scored(self, x_TD: Tensor, number: Tensor) -> Tensor:
+        return self.loss(x_TD, int(number))
 
 
 def _nothing(decoder: Decoder) -> nn.Parameter:

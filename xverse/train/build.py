@@ -31,7 +31,7 @@ from xverse.parallel.experts import spread_experts
 from xverse.parallel.fsdp import shard
 from xverse.parallel.grid import grid_of
 from xverse.parallel.layout import Layout
-from xverse.parallel.pipeline import spread_layers
+from xverse.parallel.pipeline import spread_layers, stages_of
 from xverse.parallel.ranks import Ranks
 from xverse.parallel.sequence import spread_tensors
 from xverse.train import balance, eight_bits
@@ -63,6 +63,8 @@ def fresh(shape: ModelShape, options: Training, ranks: Ranks) -> Decoder:
         if isinstance(block.mlp, MixtureOfExperts):
             block.mlp.router.float()
     decoder = prepared(decoder, options, ranks).to_empty(device=ranks.device)
+    for stage in stages_of(decoder):  # no modules of the decoder, and FSDP2's units all the same
+        stage.to_empty(device=ranks.device)
     _fill(decoder, Layout(shape, grid_of(ranks, options.mesh)), options.seed)
     return decoder.train()
 
@@ -88,9 +90,8 @@ def dtype_of(compute: Computing, ranks: Ranks) -> torch.dtype:
 def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
     """The decoder with all that is put around it, as the options say."""
     compute, grid = options.compute, grid_of(ranks, options.mesh)
-    decoder = spread_layers(decoder, grid, options.row_tokens)
-    decoder = spread_experts(decoder, grid)
-    decoder = spread_context(spread_tensors(decoder, grid), grid)
+    decoder = spread_tensors(spread_experts(decoder, grid), grid)
+    decoder = spread_layers(spread_context(decoder, grid), grid, options.row_tokens)
     if compute.fp8:
         decoder = eight_bits.multiply_in_fp8(decoder, ranks.device)
     if decoder.shape.num_experts and compute.balance:
