@@ -35,9 +35,18 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(decoder.model.layers.get_submodule(str(n)) for n in layers)
         self.norm = decoder.model.norm if last else None
         self.head = decoder.lm_head if last else None  # used by the loss, gathered with the stage
-        self.dtype = decoder.dtype
+        self.dtype, self.hidden = decoder.dtype, decoder.shape.hidden_size
         self.turns = decoder.turns
         self.given: Sequence[Inputs] = ()
+
+    def example(self, tokens: tuple[int, int], *, entering: bool) -> Tensor:
+        """What goes in or comes out in a pass, without its numbers; as Pipeline has `tokens`."""
+        at_end = (self.embed_tokens if entering else self.norm) is not None
+        count = tokens[0] if at_end else tokens[1]
+        if entering and at_end:
+            return torch.empty(count, dtype=torch.int64, device="meta")
+        hidden = torch.empty(count, self.hidden, dtype=self.dtype, device="meta")
+        return hidden.requires_grad_()
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
         """Of pass `number` [1]: ids [T] on the first stage, else hidden states [T, D]."""
@@ -117,17 +126,20 @@ def stages_of(decoder: Decoder) -> tuple[Stage, ...]:
 
 
 class Pipeline:
-    """The stages of this rank with their schedule, for `passes` passes of `tokens` tokens each.
+    """The stages of this rank with their schedule, for steps of `passes` passes.
 
     `loss` is asked for on the rank of the last stage, with its output [T, D] and the pass's number.
+    `tokens` of a pass: how many go in and come out, and how many each rank has between stages.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
         grid: Grid,
-        passes: int,
         loss: Callable[[Tensor, int], Tensor],
+        *,
+        passes: int,
+        tokens: tuple[int, int],
     ) -> None:
         size, place = grid.size("pipeline"), grid.place("pipeline")
         rounds = max(1, passes // size)
@@ -139,12 +151,16 @@ class Pipeline:
             )
         self.stages, self.passes, self.loss = stages, passes, loss
         self.first, self.last = place == 0, place == size - 1
-        self._members = grid.members("pipeline")
-        self._group = grid.group("pipeline")
         self._device = grid.ranks.device
         held = [
             PipelineStage(
-                stage, place + size * turn, size * len(stages), self._device, group=self._group
+                stage,
+                place + size * turn,
+                size * len(stages),
+                self._device,
+                input_args=stage.example(tokens, entering=True),
+                output_args=stage.example(tokens, entering=False),
+                group=grid.group("pipeline"),
             )
             for turn, stage in enumerate(stages)
         ]

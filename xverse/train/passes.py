@@ -1,5 +1,6 @@
 """STEP -> PARTS OF ITS LOSS. The passes of a step through the model, wherever its parts are."""
 
+import json
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from xverse.parallel.pipeline import Inputs, Pipeline, Stage, stages_of
 from xverse.train.balance import weigh
 from xverse.train.objective import Objective, Part
 from xverse.train.options import Training
+
+NAMES = 4096  # bytes: what an objective reports besides its loss, as JSON
 
 
 class Passes(Protocol):
@@ -49,6 +52,7 @@ def passes_of(decoder: Decoder, objective: Objective, grid: Grid, options: Train
         grid,
         stages,
         passes=options.rows_per_step // (grid.axes.readers * options.rows_per_pass),
+        tokens=tokens,
         balance=balance,
     )
 
@@ -87,11 +91,14 @@ class Pipelined:
         stages: tuple[Stage, ...],
         *,
         passes: int,
+        tokens: int,
         balance: float,
     ) -> None:
         self.decoder, self.objective, self.grid = decoder, objective, grid
         self.balance = balance
-        self.pipeline = Pipeline(stages, grid, passes, self._loss)
+        whole = tokens // grid.size("context")
+        between = whole // grid.size("tensor")
+        self.pipeline = Pipeline(stages, grid, self._loss, passes=passes, tokens=(whole, between))
         self._batches: list[Batch] = []
         self._units = 1
         self._parts: dict[int, Part] = {}
@@ -119,10 +126,12 @@ class Pipelined:
     def _named(self, also: dict[str, Tensor]) -> dict[str, Tensor]:
         """Zeros on other ranks than those of the last stage, which tells the names once."""
         if self._names is None:
-            told = [list(also)]
-            members = self.grid.members("pipeline")
-            dist.broadcast_object_list(told, src=members[-1], group=self.grid.group("pipeline"))
-            self._names = told[0]
+            text = json.dumps(list(also)).encode().ljust(NAMES)
+            told = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            last = self.grid.members("pipeline")[-1]
+            dist.broadcast(told, src=last, group=self.grid.group("pipeline"))
+            self._names = json.loads(told.numpy().tobytes())
+            assert self._names is not None
         zero = torch.zeros((), device=self.grid.ranks.device)
         return {name: also.get(name, zero) for name in self._names}
 
