@@ -1,7 +1,7 @@
-"""What each process of test_fsdp and test_axes does: torchrun -m tests.parallel.fsdp_ranks FOLDER
-NAMES."""
+"""What each process of test_fsdp does: torchrun -m tests.parallel.fsdp_ranks FOLDER NAMES."""
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,27 @@ def train(
         torch.save(weights, folder / name / "weights.pt")
 
 
+def rewind(source: Path, folder: Path, step: int) -> None:
+    """A copy of a run as it was after its checkpoint `step`."""
+    shutil.copytree(source, folder)
+    for later in (folder / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+
+
 def main() -> None:
-    """Each name is that of a run, or run:mesh such as dense:tensor=2."""
+    """Each name is that of a run, or run:mesh such as dense:tensor=2; followed by <other, it goes
+    on with what that one left at step 10."""
     folder, *names = sys.argv[1:]
     ranks = Ranks.start("cpu")
-    for name in names:
+    for one in names:
+        name, _, source = one.partition("<")
         run, _, told = name.partition(":")
-        sizes = dict(one.split("=") for one in told.split(",") if one)
+        sizes = dict(size.split("=") for size in told.split(",") if size)
         mesh = Axes(**{axis: int(size) for axis, size in sizes.items()}) if sizes else None
+        if source and ranks.first:
+            rewind(Path(folder) / source, Path(folder) / name, 10)
+        ranks.any(False)  # until it is there
         train(Path(folder), name, ranks, mesh=mesh, run=run)
     ranks.close()
 
