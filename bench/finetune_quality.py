@@ -23,11 +23,13 @@ from xverse.checkpoint.resolve import resolve, title_of
 from xverse.data.loader import Position
 from xverse.data.sample_options import SampleOptions
 from xverse.data.samples import Samples, loader_of
+from xverse.parallel.grid import grid_of
 from xverse.parallel.ranks import Ranks
 from xverse.train.evaluate import Held, evaluate
 from xverse.train.journal import read_events
 from xverse.train.objective import pretrain
 from xverse.train.options import Computing, Keeping, Updating, Watching
+from xverse.train.passes import passes_of
 from xverse.train.tuning import Lora
 from xverse.verbs._finetune_run import FineTuningRun
 from xverse.verbs.finetune import Config, tune
@@ -65,7 +67,7 @@ def _folder(model: Path, target: Path) -> Path:
 
 
 def _config(model: Path, args: argparse.Namespace, method: str, out: Path) -> Config:
-    weights = "lora" if method == "peft" else method
+    weights: Any = "lora" if method == "peft" else method
     return Config(
         model=str(model),
         data=tuple(args.data),
@@ -108,7 +110,8 @@ def _held_loss(config: Config) -> float:
     decoder = load(config.model, dtype="float32", device="cpu").decoder
     assert run.held is not None, "some rows are held out"
     held = {"held_out": Held(run._loader(run.held), 0.0)}
-    found = evaluate(decoder, pretrain, held, 0, ALONE, lambda: False)
+    passes = passes_of(decoder, pretrain, grid_of(ALONE, run.options.mesh), run.options)
+    found = evaluate(decoder, passes, held, 0, ALONE, lambda: False)
     assert found is not None, "nothing stops it"
     return found["loss"]
 
@@ -122,7 +125,9 @@ def _peft(config: Config) -> dict[str, object]:
     assert isinstance(run.learn, Samples)
     assert isinstance(run.held, Samples)
     torch.manual_seed(config.seed)
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=torch.float32
+    )
     lora = peft.LoraConfig(
         r=LORA.rank,
         lora_alpha=int(LORA.alpha),
@@ -149,7 +154,7 @@ def _peft(config: Config) -> dict[str, object]:
     )
     rows = _rows(run.loader, config.steps)
 
-    class InOrder(transformers.Trainer):  # type: ignore[misc]
+    class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_args: object) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 

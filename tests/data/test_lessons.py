@@ -45,7 +45,12 @@ OPENAI = {"messages": said("user:你好", "assistant:Hi", "user:Hello", "assista
 # The same conversation in every layout.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Hello", "output": "你好", "history": [["你好", "Hi"]]},
-    "alpaca-input": {"instruction": "", "input": "Hello", "output": "你好", "history": [["你好", "Hi"]]},
+    "alpaca-input": {
+        "instruction": "",
+        "input": "Hello",
+        "output": "你好",
+        "history": [["你好", "Hi"]],
+    },
     "prompt-response": {"prompt": "Hello", "response": "你好", "history": [["你好", "Hi"]]},
     "human-gpt": {
         "conversations": said("human:你好", "gpt:Hi", "human:Hello", "gpt:你好", keys=SHAREGPT)

@@ -1,18 +1,37 @@
-"""FSDP2 over two processes and gloo: the losses of one process, and checkpoints for any number."""
+"""One run over two processes and gloo, along every axis: the losses and weights of one process, and
+checkpoints that any mesh goes on from."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.parallel.fsdp_ranks import RUNS, train
+from tests.parallel.fsdp_ranks import RUNS, rewind, train
 from tests.train.tiny import ALONE
 from xverse.device import child_environment
 from xverse.train.journal import last_steps, read_events
 
 pytestmark = pytest.mark.timeout(900)
+
+# Runs of two processes, as fsdp_ranks takes them. What goes on has been trained on another mesh.
+TOGETHER = (
+    *(name for name in RUNS if name not in ("dense", "tied")),
+    "dense<alone",
+    "dense:tensor=2",
+    "dense:context=2",
+    "tied:tensor=2",
+    "deep:pipeline=2,interleave=2",
+    "mixture:expert=2",
+    "mixture:tensor=2<mixture:expert=2",
+    "mixture:pipeline=2<mixture:tensor=2",
+    "mixture:context=2<mixture:pipeline=2",
+)
+NAMES = [one.partition("<")[0] for one in TOGETHER]
+RESUMED = [one.partition("<")[0] for one in TOGETHER if "<" in one]
+# Muon makes small directions as large as others, and the last bits of a sum with them.
+TOLERANCES = {"bf16": 0.01, "muon": 5e-3}
 
 
 def torchrun(folder: Path, *names: str) -> None:
@@ -23,14 +42,15 @@ def torchrun(folder: Path, *names: str) -> None:
         capture_output=True,
         text=True,
         env=child_environment() | {"OMP_NUM_THREADS": "1"},
-        timeout=850,  # 15 s on a machine with nothing else to do
+        timeout=850,  # 40 s on a machine with nothing else to do
     )
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    path = folder / name / "metrics.jsonl"
-    return [facts["loss"] for facts in last_steps(read_events(path))]
+def told(folder: Path, kind: str, fact: str) -> list[float]:
+    events = list(read_events(folder / "metrics.jsonl"))
+    chosen = last_steps(events) if kind == "step" else [e for e in events if e["event"] == kind]
+    return [facts[fact] for facts in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -43,35 +63,47 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
-    """All runs over two processes; "dense" goes on from what one process left at step 10."""
     folder = tmp_path_factory.mktemp("together")
-    for step in (15, 20):
-        shutil.rmtree(alone / "dense" / "checkpoints" / f"step-{step:08}")
-    shutil.copytree(alone / "dense", folder / "dense")
-    torchrun(folder, *RUNS)
+    rewind(alone / "dense", folder / "alone", 10)
+    torchrun(folder, *TOGETHER)
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_one_process(alone: Path, together: Path, name: str) -> None:
-    # Muon makes small directions as large as others, and the last bits of a sum with them.
-    tolerance = {"bf16": 0.01, "muon": 5e-3}.get(name, 1e-5)
-    assert losses(together, name) == pytest.approx(losses(alone, name), abs=tolerance)
-    assert len(losses(together, name)) == RUNS[name][1].steps
+    run = name.partition(":")[0]
+    tolerance = TOLERANCES.get(run, 1e-5)
+    for kind, fact in (("step", "loss"), ("step", "norm"), ("evaluate", "loss")):
+        found = told(together / name, kind, fact)
+        expected = told(alone / run, kind, fact)
+        looser = 10 if fact == "norm" else 1
+        assert found == pytest.approx(expected, abs=looser * tolerance), fact
+    assert len(told(together / name, "step", "loss")) == RUNS[run][1].steps
 
 
-def test_one_process_goes_on_with_what_two_left(
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TOLERANCES])
+def test_weights_are_those_of_one_process(alone: Path, together: Path, name: str) -> None:
+    """Whole, in the model's own order, whatever part of them each process had."""
+    expected = torch.load(alone / name.partition(":")[0] / "weights.pt")
+    found = torch.load(together / name / "weights.pt")
+    assert list(found) == list(expected)
+    for key, weight in expected.items():
+        # AdamW divides by the root of what may be next to nothing.
+        torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_what_another_mesh_left(together: Path, name: str) -> None:
+    assert told(together / name, "resume", "step")[-1] == 10
+
+
+def test_one_process_goes_on_with_what_a_pipeline_left(
     alone: Path, together: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(together / "mixture", tmp_path / "mixture")
-    for step in (15, 20):
-        shutil.rmtree(tmp_path / "mixture" / "checkpoints" / f"step-{step:08}")
-    train(tmp_path, "mixture", ALONE)
-    assert losses(tmp_path, "mixture") == pytest.approx(losses(alone, "mixture"), abs=1e-5)
-
-
-def test_two_processes_went_on_with_what_one_left(together: Path) -> None:
-    events = [
-        e for e in read_events(together / "dense" / "metrics.jsonl") if e["event"] == "resume"
-    ]
-    assert [event["step"] for event in events] == [10]
+    for name in ("deep:pipeline=2,interleave=2", "mixture"):
+        run = name.partition(":")[0]
+        rewind(together / name, tmp_path / run, 10)
+        train(tmp_path, run, ALONE)
+        expected = told(alone / run, "step", "loss")
+        assert told(tmp_path / run, "step", "loss") == pytest.approx(expected, abs=1e-5)
+        assert told(tmp_path / run, "resume", "step") == [10]

@@ -7,24 +7,9 @@ import pytest
 
 from xverse.config import parse
 from xverse.errors import XverseError
-from xverse.train.options import Axes, Computing, Training, Updating
+from xverse.train.options import Computing, Training, Updating
 from xverse.train.schedule import learning_rate
 from xverse.verbs.pretrain import Config
-
-
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context", "expert"])
-def test_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
-    with pytest.raises(XverseError, match=f"'{axis}' is not built"):
-        Axes(**{axis: 2}).resolve(2)
-
-
-def test_the_mesh_is_all_processes() -> None:
-    assert Axes().resolve(1) == (1, 1)
-    assert Axes().resolve(8) == (1, 8)
-    assert Axes(data=2).resolve(8) == (2, 4)
-    for axes in (Axes(data=3), Axes(data=2, shard=2), Axes(data=0)):
-        with pytest.raises(XverseError, match="8 processes"):
-            axes.resolve(8)
 
 
 @pytest.mark.parametrize(

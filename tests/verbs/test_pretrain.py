@@ -181,7 +181,7 @@ def test_what_cannot_be_is_told(
         (["--shape", "xverse-9b"], "There is no shape 'xverse-9b'"),
         (["--shape", "from-depth:0"], "cannot be"),
         (["--tokenizer", str(other)], "is not the tokenizer that made the shards"),
-        (["--mesh.tensor", "2"], "'tensor' is not built yet"),
+        (["--mesh.tensor", "2"], "The mesh has 2 devices, and there are 1 processes"),
     ):
         assert cli.run([*words(shards, out, shape, 2), *changed]) == 1
         assert why in capsys.readouterr().err

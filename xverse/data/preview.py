@@ -18,6 +18,7 @@ def show(samples: Samples | Pairs, tokenizer: Tokenizer, count: int, console: Co
     """Print the first `count` samples (or pairs), what is learned in green, or in brackets."""
     console.print(f"What is learned is {'green' if _has_colours(console) else ' '.join(MARKS)}.")
     for number, item in enumerate(islice(samples, count), start=1):
+        assert isinstance(item, Pair | Sample)
         named = _named(item) if isinstance(item, Pair) else [("", item)]
         for name, sample in named:
             learned = int(sample.learned[1:].sum())

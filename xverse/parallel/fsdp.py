@@ -1,7 +1,10 @@
 """DECODER -> ITS SHARE. Weights, gradients and what belongs to them, spread over ranks by FSDP2."""
 
+from collections.abc import Sequence
+
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -11,35 +14,41 @@ from torch.distributed.fsdp import (
 
 from xverse.model.decoder import Decoder
 from xverse.model.feedforward import MixtureOfExperts
-from xverse.parallel.ranks import Ranks
+from xverse.parallel.grid import EXPERT_SHARDS, SHARDS, Grid
+from xverse.parallel.pipeline import stages_of
 
 
-def shard(decoder: Decoder, ranks: Ranks, axes: tuple[int, int], *, reshard: bool) -> Decoder:
-    """The decoder, each rank keeping its part of every weight; `axes` are (data, shard).
+def shard(decoder: Decoder, grid: Grid, *, reshard: bool) -> Decoder:
+    """The decoder, each rank keeping its part of every weight, along `shard` and those axes whose
+    ranks have the same weights and see other tokens.
 
     Gradients are summed over ranks in fp32, not averaged. `reshard`: whether a block's gathered
-    weights are given back after its forward pass. One rank keeps the decoder as it is.
+    weights are given back after its forward pass. Ranks that share no weights keep the decoder
+    as it is.
     """
-    if ranks.size == 1:
+    if grid.size("data", *SHARDS) == 1:
         return decoder
-    mesh = init_device_mesh(ranks.device.type, axes, mesh_dim_names=("data", "shard"))
+    mesh = grid.mesh(("data",), SHARDS)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    units: list[torch.nn.Module] = []
-    routers: list[torch.nn.Module] = []
+    whole: Sequence[nn.Module] = stages_of(decoder) or [decoder]
+    units: list[tuple[nn.Module, DeviceMesh, bool]] = []
     for block in decoder.model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
-            routers.append(block.mlp.router)  # in fp32, and a unit has one dtype
-            units.append(block.mlp.router)
-        units.append(block)
-    units.append(decoder)  # embedding, last norm and head: needed first and last, and kept between
-    for unit in units:
-        kept = not reshard or unit is decoder or unit in routers
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
+            # A router is in fp32, and a unit has one dtype.
+            units.append((block.mlp.router, mesh, False))
+            if grid.size("expert") > 1:
+                units.append((block.mlp.experts, grid.mesh(("data",), EXPERT_SHARDS), reshard))
+        units.append((block, mesh, reshard))
+    # Embedding, last norm and head: needed first and last, and kept between.
+    units += [(part, mesh, False) for part in whole]
+    for unit, its_mesh, given_back in units:
+        fully_shard(unit, mesh=its_mesh, mp_policy=policy, reshard_after_forward=given_back)
         assert isinstance(unit, FSDPModule)
         # A sum, divided by nothing: the loss is divided by the targets of all ranks already.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(decoder, "hidden")
+    if whole == [decoder]:
+        register_fsdp_forward_method(decoder, "hidden")
     return decoder
 
 

@@ -1,7 +1,7 @@
 """SHAPE OR FOLDER -> DECODER TO TRAIN. Weights fresh or loaded, and what is put around them.
 
-Each step takes a decoder and gives one, in a fixed order: 8-bit products, balance of experts,
-recompute, compile, shards.
+Each step takes a decoder and gives one, in a fixed order: cut to this rank's part, 8-bit products,
+balance of experts, recompute, compile, shards.
 """
 
 import functools
@@ -29,8 +29,14 @@ from xverse.model.embedding import Embedding
 from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.linear import Linear
 from xverse.model.shape import ModelShape
+from xverse.parallel.context import spread_context
+from xverse.parallel.experts import spread_experts
 from xverse.parallel.fsdp import shard
+from xverse.parallel.grid import grid_of
+from xverse.parallel.layout import Layout
+from xverse.parallel.pipeline import spread_layers, stages_of
 from xverse.parallel.ranks import Ranks
+from xverse.parallel.sequence import spread_tensors
 from xverse.quant.embedding import QuantizedEmbedding
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.quantize import quantize_module
@@ -66,7 +72,9 @@ def fresh(shape: ModelShape, options: Training, ranks: Ranks) -> Decoder:
         if isinstance(block.mlp, MixtureOfExperts):
             block.mlp.router.float()
     decoder = prepared(decoder, options, ranks).to_empty(device=ranks.device)
-    _fill(decoder, options.seed)
+    for stage in stages_of(decoder):  # no modules of the decoder, and FSDP2's units all the same
+        stage.to_empty(device=ranks.device)
+    _fill(decoder, Layout(shape, grid_of(ranks, options.mesh)), options.seed)
     return decoder.train()
 
 
@@ -161,15 +169,17 @@ def dtype_of(compute: Computing, ranks: Ranks) -> torch.dtype:
 
 def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
     """The decoder with all that is put around it, as the options say."""
-    compute = options.compute
+    compute, grid = options.compute, grid_of(ranks, options.mesh)
+    decoder = spread_tensors(spread_experts(decoder, grid), grid)
+    decoder = spread_layers(spread_context(decoder, grid), grid, options.row_tokens)
     if compute.fp8:
         decoder = eight_bits.multiply_in_fp8(decoder, ranks.device)
     if decoder.shape.num_experts and compute.balance:
-        decoder = balance.balanced(decoder)
+        decoder = balance.balanced(decoder, grid)
     decoder = recompute(decoder, compute.recompute)
     if compute.compile == "yes" or (compute.compile == "auto" and ranks.device.type == "cuda"):
         decoder = compiled(decoder)
-    return shard(decoder, ranks, options.mesh.resolve(ranks.size), reshard=compute.reshard)
+    return shard(decoder, grid, reshard=compute.reshard)
 
 
 def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> Decoder:
@@ -208,18 +218,22 @@ def _selective() -> tuple[ContextManager[Any], ContextManager[Any]]:
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, seed: int) -> None:
+def _fill(decoder: Decoder, layout: Layout, seed: int) -> None:
     """New weights, one after another; a rank takes its part of each."""
+    own = dict(decoder.named_parameters())
     device = decoder.model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in decoder.named_parameters():
+    for name, size in layout.sizes.items():
+        here = name in own and own[name].requires_grad
         if name.endswith(("norm.weight", "bias")):
-            parameter.fill_(float(name.endswith("weight")))
+            if here:
+                own[name].fill_(float(name.endswith("weight")))
             continue
-        whole = torch.empty(parameter.shape, device=device).normal_(0.0, STD, generator=generator)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
+        whole = torch.empty(size, device=device).normal_(0.0, STD, generator=generator)
+        view = layout.view(name, own[name]) if here else None
+        if isinstance(view, DTensor):
+            mesh, placements = view.device_mesh, view.placements
             part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            parameter.to_local().copy_(part.to_local())
-        else:
-            parameter.copy_(whole)
+            view.to_local().copy_(part.to_local())
+        elif view is not None:
+            view.copy_(whole)

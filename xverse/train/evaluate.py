@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from xverse.data.loader import Documents, Loader
 from xverse.data.shards import Shards
 from xverse.model.decoder import Decoder
+from xverse.parallel.grid import grid_of
 from xverse.parallel.ranks import Ranks
-from xverse.train.objective import Objective
 from xverse.train.options import Training
+from xverse.train.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ def held_out(shards: Shards, options: Training, ranks: Ranks) -> dict[str, Held]
 
 def loader_of(documents: Documents, options: Training, ranks: Ranks) -> Loader:
     """The loader of a run: its rows, its seed, this rank's share."""
+    grid = grid_of(ranks, options.mesh)
     return Loader(
         documents,
         row_tokens=options.row_tokens,
         rows_per_step=options.rows_per_step,
         rows_per_pass=options.rows_per_pass,
-        rank=ranks.rank,
-        ranks=ranks.size,
+        rank=grid.reader,
+        ranks=grid.axes.readers,
         seed=options.seed,
     )
 
@@ -79,7 +81,7 @@ def loader_of(documents: Documents, options: Training, ranks: Ranks) -> Loader:
 @torch.no_grad()
 def evaluate(
     decoder: Decoder,
-    objective: Objective,
+    passes: Passes,
     held: Mapping[str, Held],
     rows: int,
     ranks: Ranks,
@@ -93,14 +95,13 @@ def evaluate(
     was_training = decoder.training
     decoder.eval()  # no dropout, no noise
     try:
-        return _evaluate(decoder, objective, held, rows, ranks, stopped)
+        return _evaluate(passes, held, rows, ranks, stopped)
     finally:
         decoder.train(was_training)
 
 
 def _evaluate(
-    decoder: Decoder,
-    objective: Objective,
+    passes: Passes,
     held: Mapping[str, Held],
     rows: int,
     ranks: Ranks,
@@ -116,11 +117,10 @@ def _evaluate(
         for step in itertools.islice(loader.once(), count):
             if ranks.any(stopped()):
                 return None
-            for batch in step.passes:
-                part = objective(decoder, batch.to(ranks.device), step.units)
-                nats += float(part.loss) * step.units
-                for name, value in part.also.items():
-                    also[name] = also.get(name, 0.0) + float(value) * step.units
+            loss, more = passes(step, learn=False)
+            nats += float(loss) * step.units
+            for name, value in more.items():
+                also[name] = also.get(name, 0.0) + float(value) * step.units
             units += step.units
         nats = ranks.total([nats])[0]
         found[f"loss.{language}"] = nats / units

@@ -26,7 +26,8 @@ def needs(
 ) -> Memory:
     """Bytes on one device for one of METHODS."""
     size = SIZES[dtype]
-    _, shards = options.mesh.resolve(ranks)
+    mesh = options.mesh.resolve(ranks)
+    shards = mesh.shard * mesh.expert
     if method == "full":
         found = memory(shape, options, dtype=dtype, ranks=ranks)
         before = -(-size * shape.num_parameters // shards) if dpo else 0

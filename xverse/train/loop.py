@@ -12,7 +12,8 @@ import torch
 from xverse.data.loader import Loader, Position, Prefetch, Step
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
-from xverse.parallel.fsdp import accumulate
+from xverse.parallel.grid import grid_of
+from xverse.parallel.layout import Layout
 from xverse.parallel.ranks import Ranks
 from xverse.train import flops
 from xverse.train.best import Best
@@ -22,6 +23,7 @@ from xverse.train.journal import Journal, progress_line
 from xverse.train.objective import Objective
 from xverse.train.optimizer import Optimizer
 from xverse.train.options import Training
+from xverse.train.passes import passes_of
 from xverse.train.schedule import learning_rate
 from xverse.train.stop import Stop
 from xverse.train.watchdog import Watchdog
@@ -58,10 +60,13 @@ class Run:
         journal: Journal,
         validation: Mapping[str, Held] | None = None,
     ) -> None:
-        self.decoder, self.objective, self.loader = decoder, objective, loader
+        self.decoder, self.loader = decoder, loader
         self.options, self.ranks, self.journal = options, ranks, journal
         self.checkpoints, self.validation = checkpoints, validation or {}
-        self.optimizer = Optimizer(decoder, options.update, seed=options.seed)
+        grid = grid_of(ranks, options.mesh)
+        self.passes = passes_of(decoder, objective, grid, options)
+        self.layout = Layout(decoder.shape, grid)
+        self.optimizer = Optimizer(decoder, options.update, seed=options.seed, layout=self.layout)
         self.watchdog = Watchdog(options.watch)
         self.step = 0  # updates that were made
         self.tokens = 0  # that were learned from
@@ -129,17 +134,9 @@ class Run:
 
     def _compute(self, step: Step) -> Measured:
         """Gradients of a step, and what all ranks together say of it."""
-        losses: list[torch.Tensor] = []
-        also: dict[str, torch.Tensor] = {}
-        for number, batch in enumerate(step.passes, start=1):
-            accumulate(self.decoder, last=number == len(step.passes))
-            part = self.objective(self.decoder, batch.to(self.ranks.device), step.units)
-            part.loss.backward()
-            losses.append(part.loss.detach())
-            for name, value in part.also.items():
-                also[name] = also.get(name, 0) + value.detach()
-        numbers = [torch.stack(losses).sum(), self.optimizer.squares(), *also.values()]
-        told = torch.stack(numbers).tolist()
+        part, also = self.passes(step, learn=True)
+        self.layout.add_partial(self.decoder)
+        told = torch.stack([part, self.optimizer.squares(), *also.values()]).tolist()
         loss, squares, *rest = self.ranks.total(told)
         norm = math.sqrt(squares) if squares >= 0 else math.nan
         return Measured(loss, norm, dict(zip(also, rest, strict=True)))
@@ -188,7 +185,7 @@ class Run:
         began = time.monotonic()
         found = evaluate(
             self.decoder,
-            self.objective,
+            self.passes,
             self.validation,
             self.options.keep.evaluate_rows,
             self.ranks,

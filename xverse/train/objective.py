@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.data.loader import Batch
-from xverse.kernels.score import cross_entropy, log_probabilities
+from xverse.kernels.score import log_probabilities
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
-from xverse.train.balance import weigh
+from xverse.parallel.vocabulary import cross_entropy
 from xverse.train.tuning import Dpo
 
 
@@ -30,20 +30,16 @@ class Part(NamedTuple):
 Objective = Callable[[Decoder, Batch, int], Part]
 
 
-def pretrain(
-    decoder: Decoder, batch: Batch, units: int, *, z_factor: float = 0.0, balance: float = 0.0
-) -> Part:
+def pretrain(decoder: Decoder, batch: Batch, units: int, *, z_factor: float = 0.0) -> Part:
     """Cross-entropy of every next token of every document, in nats a token.
 
-    With `z_factor`, the gradient is that of loss + z_factor * z_loss; with `balance`, times the
-    balance loss of every mixture of experts too (see balance), which must be balanced decoders'.
+    With `z_factor`, the gradient is that of loss + z_factor * z_loss.
     """
-    if balance:
-        weigh(decoder, balance * len(batch.ids) / units)
     kv = Packed(batch.documents, batch.ids.device, decoder.model.norm.weight.dtype)
     x_TD = decoder.hidden(batch.ids, batch.positions, kv)
-    # The head is asked for after `hidden`, for which a sharded decoder gathers it.
-    scored = cross_entropy(x_TD, head(decoder), batch.targets, batch.mask, z_factor=z_factor)
+    # The weight is asked for after `hidden`, for which a sharded decoder gathers it.
+    layer = decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    scored = cross_entropy(x_TD, layer, batch.targets, batch.mask, z_factor=z_factor)
     also = {"z_loss": scored.z_loss / units} if z_factor else {}
     return Part(scored.loss / units, also)
 

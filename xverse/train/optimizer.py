@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xverse.kernels import dispatch, reference_train
 from xverse.kernels.reference_train import AdamW
 from xverse.model.decoder import Decoder
+from xverse.parallel.layout import Layout, copies, whole_weights
 from xverse.train.options import Updating
 
 MOMENTUM = 0.95  # of Muon, with Nesterov's look ahead
@@ -34,8 +35,15 @@ class Slot:
 class Optimizer:
     """Updates every weight of a decoder that has a gradient."""
 
-    def __init__(self, decoder: Decoder, options: Updating, *, seed: int = 0) -> None:
-        self.options, self.seed = options, seed
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: Updating,
+        *,
+        seed: int = 0,
+        layout: Layout | None = None,
+    ) -> None:
+        self.options, self.seed, self.layout = options, seed, layout
         wanted = getattr(torch, options.moments)
         self.slots = [
             self._slot(name, parameter, wanted, options)
@@ -44,11 +52,12 @@ class Optimizer:
         ]
         assert self.slots, "a decoder to train has weights that want a gradient"
 
-    @staticmethod
-    def _slot(name: str, parameter: nn.Parameter, moments: torch.dtype, options: Updating) -> Slot:
+    def _slot(
+        self, name: str, parameter: nn.Parameter, moments: torch.dtype, options: Updating
+    ) -> Slot:
         matrix = parameter.dim() > 1 and not name.startswith(("model.embed_tokens", "lm_head"))
         muon = options.optimizer == "muon" and matrix and not name.endswith("router.weight")
-        plain = parameter.detach()
+        plain = self.layout.view(name, parameter) if self.layout else parameter.detach()
         single = plain.dtype == torch.float32 or options.master == "none"
         return Slot(
             name,
@@ -67,12 +76,12 @@ class Optimizer:
         for slot in self.slots:
             if slot.parameter.grad is not None:
                 gradient = slot.parameter.grad
-                by_copies.setdefault(_copies(gradient), []).append(_local(gradient))
+                by_copies.setdefault(copies(slot.weight), []).append(_local(gradient))
         assert by_copies, "a backward pass comes before"
         total = torch.zeros((), device=_local(self.slots[0].weight).device)
-        for copies, gradients in by_copies.items():
+        for number, gradients in by_copies.items():
             norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-            total += torch.stack(norms).square().sum() / copies
+            total += torch.stack(norms).square().sum() / number
         return total
 
     def clear(self) -> None:
@@ -125,9 +134,8 @@ class Optimizer:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights in the best form there is, one by one; every rank must ask for all."""
-        for slot in self.slots:
-            weight = slot.weight
-            yield slot.name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        own = ((slot.name, slot.weight) for slot in self.slots)
+        return whole_weights(own, self.layout) if self.layout else own
 
     def _muon(self, slot: Slot, rate: float, scale: float) -> None:
         assert slot.parameter.grad is not None
@@ -157,23 +165,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _copies(tensor: Tensor) -> int:
-    """How many ranks hold the same part of it."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    copies = 1
-    for placement, size in sizes:
-        copies *= 1 if isinstance(placement, Shard) else size
-    return copies
-
-
 def _direction(local: Tensor, like: Tensor) -> Tensor:
     """This rank's part of the directions of the matrices of which `local` is its part.
 
-    Experts are spread whole; other matrices are cut, and every rank computes with all of them.
+    Experts that are spread whole stay where they are; other matrices are cut, and every rank
+    computes with all of them.
     """
-    if not isinstance(like, DTensor) or like.dim() == 3:
+    if not isinstance(like, DTensor) or local.shape[-2:] == like.shape[-2:]:
         return reference_train.muon_direction(local)
     mesh, placements = like.device_mesh, like.placements
     whole = DTensor.from_local(

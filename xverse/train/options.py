@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from xverse.errors import XverseError
+from xverse.parallel.axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,40 +91,6 @@ class Watching:
     """Bad steps in a row that are skipped; after them, the latest checkpoint is taken."""
     rollbacks: int = 3
     """To one checkpoint; after them the run ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """How many devices along each axis; `shard` 0: all that are left."""
-
-    data: int = 1
-    """Copies of the model."""
-    shard: int = 0
-    """Devices that share one copy of weights, gradients and moments (FSDP2)."""
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-
-    def resolve(self, ranks: int) -> tuple[int, int]:
-        """(data, shard) for so many processes. XverseError for axes that are not built yet, and
-        for a product that is not `ranks`."""
-        for name in ("tensor", "pipeline", "context", "expert"):
-            if getattr(self, name) != 1:
-                raise XverseError(
-                    f"The mesh axis {name!r} is not built yet for training.",
-                    f"It was asked for with {getattr(self, name)} devices; only `data` and "
-                    "`shard` can be more than one.",
-                    f"Leave {name} at 1, and shard over more devices instead.",
-                )
-        shard = self.shard or max(1, ranks // max(1, self.data))
-        if self.data < 1 or shard < 1 or self.data * shard != ranks:
-            raise XverseError(
-                f"The mesh is {self.data} x {shard} devices, and there are {ranks} processes.",
-                "data * shard must be the number of processes.",
-                "Correct [mesh], or start another number of processes with torchrun.",
-            )
-        return self.data, shard
 
 
 @dataclass(frozen=True, kw_only=True)

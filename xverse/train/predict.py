@@ -42,30 +42,39 @@ def memory(
     Of adapters, `learned` parameters learn beside `frozen` bytes of weights; else all learn.
     """
     size = SIZES[dtype]
-    _, shards = options.mesh.resolve(ranks)
-    held = -(-(shape.num_parameters if learned is None else learned) // shards)
+    mesh = options.mesh.resolve(ranks)
+    shards = mesh.shard * mesh.expert * mesh.context  # of FSDP2
+    parts = shards * mesh.tensor * mesh.pipeline
+    held = -(-(shape.num_parameters if learned is None else learned) // parts)
     single = dtype == "float32" or options.update.master == "none"
     moments = 2 * SIZES[options.update.moments]
     if options.update.optimizer == "muon":
         matrices = shape.num_linear_parameters / shape.num_parameters
         moments = round(4 * matrices + moments * (1 - matrices))
-    gathered = 0 if shards == 1 or learned is not None else size * _largest_units(shape, options)
-    tokens = options.rows_per_pass * options.row_tokens
-    logits = min(LOGITS, tokens * shape.vocab_size)
-    head = shape.vocab_size * shape.hidden_size
+    gathered = 0
+    if shards > 1 and learned is None:  # the schedule of a pipeline gathers whole stages
+        units = shape.num_parameters // mesh.pipeline
+        gathered = size * (units if mesh.pipeline > 1 else _largest_units(shape, options))
+    tokens = options.rows_per_pass * options.row_tokens // mesh.context
+    logits = min(LOGITS, tokens * -(-shape.vocab_size // mesh.tensor))
+    head = -(-shape.vocab_size // mesh.tensor) * shape.hidden_size
     return Memory(
         weights=size * held + frozen,
         masters=0 if single else 4 * held,
         moments=moments * held,
         gradients=size * held,
-        gathered=gathered,
-        activations=size * tokens * activations(shape, options.compute.recompute),
+        gathered=gathered // mesh.tensor,
+        # The first stage of a pipeline keeps as many passes as there are stages: no less in all.
+        activations=size
+        * (tokens // mesh.tensor)
+        * activations(shape, options.compute.recompute, mesh.tensor),
         loss=(2 * size + 4) * logits + (4 * head if learned is None else 0),
     )
 
 
-def activations(shape: ModelShape, recompute: str) -> int:
-    """Numbers a token leaves for the backward pass, in all blocks and around them.
+def activations(shape: ModelShape, recompute: str, tensor: int = 1) -> int:
+    """Numbers a token leaves for the backward pass, in all blocks and around them, on each of the
+    `tensor` ranks that share the tokens and gather both normalized streams of a block.
 
     Of a block without recompute: its input, both normalized streams, q, k and v before and after
     the rotation as one each, what attention gives, the stream between, gate, up and their product.
@@ -76,13 +85,13 @@ def activations(shape: ModelShape, recompute: str) -> int:
     chosen = (shape.moe_top_k + shape.num_shared_experts) if shape.num_experts else 1
     width = shape.intermediate_size * chosen
     block = {
-        "none": 4 * hidden + 2 * heads + 2 * kv_heads + 3 * width,
+        "none": (2 + 2 * tensor) * hidden + 2 * heads + 2 * kv_heads + 3 * width,
         "selective": 2 * hidden + 2 * heads + 2 * kv_heads + 2 * width,
         "full": hidden,
     }[recompute]
     alive = 0  # of the one block that is computed again
     if recompute != "none":
-        alive = 4 * hidden + 2 * heads + 2 * kv_heads + 3 * width
+        alive = (2 + 2 * tensor) * hidden + 2 * heads + 2 * kv_heads + 3 * width
     return shape.num_hidden_layers * block + alive + 3 * hidden
 
 

@@ -73,6 +73,17 @@ class FineTuning(Training):
     dpo: bool = False
     lora: Lora = field(default_factory=Lora)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mesh = self.mesh
+        cut = [n for n in ("tensor", "pipeline", "context", "expert") if getattr(mesh, n) > 1]
+        if cut and (self.dpo or self.weights != "full"):
+            raise XverseError(
+                f"Adapters and preferences cannot be trained over {cut[0]!r} of [mesh].",
+                "The layers they stand on, or the pairs they compare, would be in parts.",
+                "Take data and shard alone, or --method full.",
+            )
+
     def fixed(self) -> dict[str, object]:
         """As `Training.fixed`."""
         names = ("model", "documents", "packing", "weights", "dpo")

@@ -14,6 +14,7 @@ from xverse.data.samples import Pairs, Samples, loader_of
 from xverse.device import free_memory
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
+from xverse.parallel.grid import grid_of
 from xverse.parallel.ranks import Ranks
 from xverse.text.chat import chat_format, format_named
 from xverse.train import build, fit, objective
@@ -142,7 +143,7 @@ class FineTuningRun:
             learn = read(config.data)
             held = read(config.validation) if config.validation else None
         if held is None and config.held_out:
-            learn, held = learn.split(config.held_out, config.seed)  # type: ignore[assignment]
+            learn, held = learn.split(config.held_out, config.seed)
         wanted = config.method == "dpo"
         for samples in (learn, held):
             if samples is not None and isinstance(samples, Pairs) is not wanted:
@@ -162,11 +163,12 @@ class FineTuningRun:
 
     def _loader(self, samples: Samples | Pairs) -> Loader:
         config, ranks = self.config, self.ranks
-        share = config.rows_per_pass * ranks.size
+        grid = grid_of(ranks, config.mesh)
+        readers = grid.axes.readers
+        share = config.rows_per_pass * readers
         if config.rows_per_step % share:
             raise XverseError(
-                f"A step of {config.rows_per_step} rows cannot be shared by {ranks.size} "
-                "processes.",
+                f"A step of {config.rows_per_step} rows cannot be shared by {readers} processes.",
                 f"Each takes {config.rows_per_pass} rows in a pass, and all of them equally many "
                 "passes.",
                 f"Take a multiple of {share} rows for a step.",
@@ -176,8 +178,8 @@ class FineTuningRun:
             row_tokens=config.row_tokens,
             rows_per_pass=config.rows_per_pass,
             passes=config.rows_per_step // share,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=grid.reader,
+            ranks=readers,
             seed=config.seed,
             packing=config.packing,
         )
@@ -194,11 +196,7 @@ class FineTuningRun:
     def _objective(self) -> Objective:
         config, shape = self.config, self.checkpoint.shape
         if config.method != "dpo":
-            spread = shape.num_experts and config.weights == "full"  # a frozen router stays
-            balance = config.compute.balance if spread else 0.0
-            learn = functools.partial(
-                objective.pretrain, z_factor=config.compute.z_loss, balance=balance
-            )
+            learn = functools.partial(objective.pretrain, z_factor=config.compute.z_loss)
             return noisy(learn, config.noise) if config.noise else learn
         if config.weights != "full":
             return functools.partial(objective.dpo, reference=switched_off, options=config.dpo)

@@ -39,11 +39,7 @@ class Pretraining:
 
     def train(self, stop: Stop, began: float) -> Outcome:
         """Train, and write the model folder where the last step was reached."""
-        objective = functools.partial(
-            pretrain,
-            z_factor=self.config.compute.z_loss,
-            balance=self.config.compute.balance if self.shape.num_experts else 0.0,
-        )
+        objective = functools.partial(pretrain, z_factor=self.config.compute.z_loss)
         loader = loader_of(self.shards, self.config, self.ranks)
         return self.run.train(
             self._decoder(),

@@ -12,8 +12,9 @@ from xverse.data.sample_options import SampleOptions
 from xverse.device import env, num_cores
 from xverse.errors import XverseError
 from xverse.files import read_json
+from xverse.parallel.axes import Axes
 from xverse.train.deepspeed import Asked, Mapped, read_deepspeed
-from xverse.train.options import Axes, Computing, Keeping, Updating, Watching
+from xverse.train.options import Computing, Keeping, Updating, Watching
 from xverse.train.tuning import TARGETS, Dpo, Lora
 from xverse.verbs.finetune import Config, tune
 

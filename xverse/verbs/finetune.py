@@ -14,7 +14,8 @@ import tyro
 from xverse import log
 from xverse.data.sample_options import SampleOptions
 from xverse.errors import XverseError
-from xverse.train.options import Axes, Computing, Keeping, Updating, Watching
+from xverse.parallel.axes import Axes
+from xverse.train.options import Computing, Keeping, Updating, Watching
 from xverse.train.tuning import Dpo, FineTuning, Lora, Weights
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ class Config:
         if self.warmup_share:
             warmup = math.ceil(self.warmup_share * steps)
             update = dataclasses.replace(update, warmup_steps=warmup)
+        compute = self.compute
+        if self.weights != "full" or self.method == "dpo":
+            compute = dataclasses.replace(compute, balance=0.0)  # a frozen router stays
         return FineTuning(
             steps=steps,
             row_tokens=self.row_tokens,
@@ -116,7 +120,7 @@ class Config:
             rows_per_pass=self.rows_per_pass,
             seed=self.seed,
             update=update,
-            compute=self.compute,
+            compute=compute,
             keep=self.keep,
             watch=self.watch,
             mesh=self.mesh,
