@@ -48,9 +48,12 @@ def torchrun(folder: Path, *names: str) -> None:
 
 
 def told(folder: Path, kind: str, fact: str) -> list[float]:
-    events = list(read_events(folder / "metrics.jsonl"))
-    chosen = last_steps(events) if kind == "step" else [e for e in events if e["event"] == kind]
-    return [facts[fact] for facts in chosen]
+    """A number of every event of a kind, by step; of what was done again, the latest."""
+    events = read_events(folder / "metrics.jsonl")
+    if kind == "step":
+        return [facts[fact] for facts in last_steps(events)]
+    found = {facts["step"]: facts[fact] for facts in events if facts["event"] == kind}
+    return [found[step] for step in sorted(found)]
 
 
 @pytest.fixture(scope="module")
