@@ -42,15 +42,11 @@ def said(*turns: str, keys: tuple[str, str] = ("role", "content")) -> list[dict[
 
 SHAREGPT = ("from", "value")
 OPENAI = {"messages": said("user:你好", "assistant:Hi", "user:Hello", "assistant:你好")}
+PAST = [["你好", "Hi"]]
 # The same conversation in every layout.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Hello", "output": "你好", "history": [["你好", "Hi"]]},
-    "alpaca-input": {
-        "instruction": "",
-        "input": "Hello",
-        "output": "你好",
-        "history": [["你好", "Hi"]],
-    },
+    "alpaca-input": {"instruction": "", "input": "Hello", "output": "你好", "history": PAST},
     "prompt-response": {"prompt": "Hello", "response": "你好", "history": [["你好", "Hi"]]},
     "human-gpt": {
         "conversations": said("human:你好", "gpt:Hi", "human:Hello", "gpt:你好", keys=SHAREGPT)
@@ -235,9 +231,6 @@ def test_a_pair_learns_the_last_answer_alone(real: Tokenizer, tmp_path: Path) ->
     samples, told = made(tmp_path, [history, {**history, "rejected": "好"}], real, V1)
     assert len(samples) == 1
     assert told == [(2, "chosen and rejected are the same")]
-
-
-ROUND = {"user": 10, "answer": 6 + 3 + 1}  # tokens of a v2 round "你好" / "abc" of the tiny one
 
 
 def talk(rounds: int) -> dict[str, Any]:
