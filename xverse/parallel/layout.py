@@ -30,8 +30,10 @@ class Layout:
 
     def view(self, name: str, weight: Tensor) -> Tensor:
         """The whole weight of which `weight` is what this rank has, on the same memory; `weight`
-        itself where that is the whole and no other rank has it."""
+        itself where that is the whole and no other rank has it, or no part of the decoder's shape."""
         local = weight.detach()
+        if name not in self.sizes:
+            return local  # an adapter's, which FSDP2 alone has cut
         local = local.to_local() if isinstance(local, DTensor) else local
         dims = self._cuts(name)
         if not dims:
