@@ -19,7 +19,8 @@ def sample(ids: list[int], learned_from: int) -> Sample:
 def shown(samples: Samples | Pairs, folder: Path, *, terminal: bool = False) -> str:
     write_tiny_tokenizer(folder)
     file = io.StringIO()
-    console = Console(file=file, width=90, force_terminal=terminal, color_system="standard")
+    colours = "standard" if terminal else None
+    console = Console(file=file, width=90, force_terminal=terminal, color_system=colours)
     show(samples, Tokenizer.load(folder), 2, console)
     return file.getvalue()
 

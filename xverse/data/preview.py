@@ -1,7 +1,5 @@
 """SAMPLES -> TERMINAL. What a model will read, token by token, and what of it it will learn."""
 
-from itertools import islice
-
 from rich.console import Console
 from rich.text import Text
 
@@ -17,8 +15,8 @@ SHOWN = 400  # tokens of a sample; of a longer one its beginning and its end
 def show(samples: Samples | Pairs, tokenizer: Tokenizer, count: int, console: Console) -> None:
     """Print the first `count` samples (or pairs), what is learned in green, or in brackets."""
     console.print(f"What is learned is {'green' if _has_colours(console) else ' '.join(MARKS)}.")
-    for number, item in enumerate(islice(samples, count), start=1):
-        assert isinstance(item, Pair | Sample)
+    for number in range(1, 1 + min(count, len(samples))):
+        item: Sample | Pair = samples[number - 1]
         named = _named(item) if isinstance(item, Pair) else [("", item)]
         for name, sample in named:
             learned = int(sample.learned[1:].sum())
