@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from tests.checkpoint.adapters import merge, random_adapter
@@ -306,3 +307,21 @@ def test_a_new_engine_has_the_adapters_of_the_old(
         assert models(client) == ["tiny", "first", "second"]
         for name, adapter in (("tiny", "tiny"), ("first", "a"), ("second", "b")):
             assert text(answer(client, name, PROMPTS[2])) == expected[adapter][2]
+
+
+def test_an_adapter_that_is_lost_is_no_longer_served(folder: Path, root: Path, caplog: Any) -> None:
+    """As if its folder had gone before the engine was started again."""
+    llm = LLM(folder, dtype="float32", max_adapters=2)
+    with (
+        inside(folder, llm.engine, adapters_dir=root) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        for name in ("a", "b"):
+            assert put(client, name, name).status_code == 200
+        service = server.running.service
+        ready = service.supervisor.ready
+        assert ready is not None
+        service.note_ready(msgspec.structs.replace(ready, lost={"a": ("what", "why", "fix")}))
+        assert models(client) == ["tiny", "b"]
+        assert [*service.supervisor._start.adapters] == ["b"]
+        assert "the adapter a is gone: what" in caplog.text

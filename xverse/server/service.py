@@ -98,6 +98,8 @@ class Service:
         self._shared_page = ready.shared_page
         told = fingerprint(self.checkpoint, self._start, ready.device)
         self.models.note_ready(told, ready.lost)
+        if ready.lost:  # what nobody can ask for is not loaded again either
+            self.supervisor.keep_adapters(self.models.folders)
 
     async def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of a text, without blocking others."""
