@@ -6,7 +6,7 @@ through them by the interleaved 1F1B schedule of torch.distributed.pipelining (N
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
         """Of pass `number` [1]: ids [T] on the first stage, else hidden states [T, D]."""
         given = self.given[int(number)]
-        x_TD = x if self.embed_tokens is None else self.embed_tokens(x)
+        x_TD: Tensor = x if self.embed_tokens is None else self.embed_tokens(x)
         cos_TE, sin_TE = self.turns(given.positions, given.kv, self.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, cos_TE, sin_TE, given.kv)
-        return x_TD if self.norm is None else self.norm(x_TD)
+        if self.norm is not None:
+            x_TD = self.norm(x_TD)
+        return x_TD
 
 
 def cut_layers(shape: ModelShape, stages: int, row_tokens: int) -> list[range]:
@@ -115,7 +117,7 @@ def spread_layers(decoder: Decoder, grid: Grid, row_tokens: int) -> Decoder:
     if len(cuts) - 1 not in mine:
         decoder.model.norm.weight = _nothing(decoder)
         decoder.lm_head = None
-    decoder.stages = stages  # type: ignore[assignment]
+    vars(decoder)["stages"] = stages  # no module of it: their weights are the decoder's already
     return decoder
 
 
@@ -178,7 +180,7 @@ class Pipeline:
         for stage in self.stages:
             stage.given = given
         number = torch.arange(self.passes)
-        call = self._schedule.step if learn else self._schedule.eval
+        call: Callable[..., Any] = self._schedule.step if learn else self._schedule.eval
         call(
             *([torch.cat(list(ids))] if self.first else []),
             number=number,
