@@ -167,11 +167,15 @@ class Pipeline:
             for turn, stage in enumerate(stages)
         ]
         # Gradients are sums (decision 0024).
-        options = {"n_microbatches": passes, "loss_fn": self._scored, "scale_grads": False}
+        options: dict[str, Any] = {
+            "n_microbatches": passes,
+            "loss_fn": self._scored,
+            "scale_grads": False,
+        }
         self._schedule: Schedule1F1B | ScheduleInterleaved1F1B = (
-            ScheduleInterleaved1F1B(held, **options)  # type: ignore[arg-type]
+            ScheduleInterleaved1F1B(held, **options)
             if len(held) > 1
-            else Schedule1F1B(held[0], **options)  # type: ignore[arg-type]
+            else Schedule1F1B(held[0], **options)
         )
 
     def run(self, ids: Sequence[Tensor], given: Sequence[Inputs], *, learn: bool) -> None:
