@@ -67,7 +67,8 @@ def _forward(mixture: MixtureOfExperts, group: dist.ProcessGroup, x_TD: Tensor) 
 def _answer(mixture: MixtureOfExperts, rows_RD: Tensor, expert_R: Tensor) -> Tensor:
     """What one of this rank's experts makes of each row, all of them with a weight of one."""
     if not len(rows_RD):  # nobody chose them; the backward pass needs this rank all the same
-        return mixture.experts(rows_RD, 0)
+        none: Tensor = mixture.experts(rows_RD, 0)
+        return none
     ones_R1 = torch.ones(len(rows_RD), 1, dtype=rows_RD.dtype, device=rows_RD.device)
     why_not = mixture.experts.one_by_one(rows_RD)
     mix = dispatch.mix_experts(rows_RD.device, rows_RD.dtype, why_not).call
