@@ -61,7 +61,7 @@ def llama(decoder: Decoder) -> Any:
         rms_norm_eps=shape.rms_norm_eps,
         rope_theta=shape.rope_theta,
         tie_word_embeddings=False,
-        pad_token_id=0,
+        pad_token_id=None,  # the row of a padding id would not learn, and here it is an id too
     )
     model = transformers.LlamaForCausalLM(config).float()
     model.load_state_dict(decoder.state_dict(), strict=True)
