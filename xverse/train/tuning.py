@@ -87,8 +87,11 @@ class FineTuning(Training):
     def fixed(self) -> dict[str, object]:
         """As `Training.fixed`."""
         names = ("model", "documents", "packing", "weights", "dpo")
-        adapter = {} if self.weights == "full" else {"lora": dataclasses.asdict(self.lora)}
-        return super().fixed() | {name: getattr(self, name) for name in names} | adapter
+        facts = super().fixed() | {name: getattr(self, name) for name in names}
+        if self.weights == "full":
+            return facts
+        # As JSON gives it back, in which there are no tuples.
+        return facts | {"lora": dataclasses.asdict(self.lora) | {"targets": [*self.lora.targets]}}
 
 
 def _impossible(name: str, value: object, why: str) -> XverseError:
