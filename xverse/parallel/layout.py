@@ -29,8 +29,11 @@ class Layout:
         self._meshes: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
     def view(self, name: str, weight: Tensor) -> Tensor:
-        """The whole weight of which `weight` is what this rank has, on the same memory; `weight`
-        itself where that is the whole and no other rank has it, or no part of the decoder's shape."""
+        """The whole weight of which `weight` is what this rank has, on the same memory.
+
+        `weight` itself where that is the whole and no other rank has it, or is no weight of the
+        shape.
+        """
         local = weight.detach()
         if name not in self.sizes:
             return local  # an adapter's, which FSDP2 alone has cut
