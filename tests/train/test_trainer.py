@@ -118,5 +118,5 @@ def test_losses_are_those_of_the_trainer(tmp_path: Path) -> None:
     assert run.run(Stop()) == "done"
     steps = last_steps(read_events(tmp_path / "ours" / "metrics.jsonl"))
     assert [step["loss"] for step in steps] == pytest.approx(expected, rel=1e-5)
-    assert expected[-1] < 0.8 * expected[0]
+    assert expected[-1] < 0.85 * expected[0]
     assert max(step["norm"] for step in steps) > OPTIONS.update.clip  # so some were clipped
