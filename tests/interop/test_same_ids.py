@@ -98,4 +98,4 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                         "-}}{{- .Content -}}{{- end -}}")  # fmt: skip
     assert run(Config(model=str(folder))) == 1
     shown = capsys.readouterr()
-    assert "one round, Ollama: differs from token 0 on" in shown.out
+    assert "one round, Ollama: differs from token 1 on" in shown.out

@@ -150,3 +150,23 @@ def test_the_time_that_tools_tell_can_be_fixed(real: Tokenizer) -> None:
     clock = TemplateFormat("{{ strftime_now('%Y') }}{{ messages[-1]['content'] }}{{ eos_token }}")
     ids = clock.render(TALK, real, now=now, add_generation_prompt=True).ids
     assert real.decode(ids).startswith("2020")
+
+
+def test_a_template_whose_prompt_ends_within_a_token_has_each_answer_behind_its_prompt(
+    tiny: Tokenizer,
+) -> None:
+    """V2's text by a template, encoded jointly: "Assistant: Hi" has "_Hi", and the prompt "_"."""
+    chat = TemplateFormat(V2.template)
+    said: list[Message] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    lessons = chat.lessons(said, tiny)
+    prompts = [chat.render(said[:end], tiny, add_generation_prompt=True).ids for end in (1, 3)]
+    assert asked(lessons) == prompts
+    texts = [tiny.decode(learned(lesson), skip_special=False) for lesson in lessons]
+    assert [text.removesuffix(tiny.eos_token or "") for text in texts] == ["Hello!", "2"]
+    joint = chat.render(said[:2], tiny, add_generation_prompt=False).ids
+    assert joint[: len(prompts[0])] != prompts[0]

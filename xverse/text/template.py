@@ -79,21 +79,16 @@ class TemplateFormat:
         now: datetime | None = None,
     ) -> list[Encoded]:
         """What is learned from a conversation: see ChatFormat. Templates that write earlier
-        messages differently once later ones follow (some leave out what was thought) give one
-        Encoded for each answer."""
+        messages differently once later ones follow (some leave out what was thought), or whose
+        prompt ends in what would be one token with an answer, give one Encoded for each answer."""
         page = self._page(messages, tokenizer, tools, now)
         borders = page.borders(page.messages)
         if None not in borders:
             ids = page.encode(page.messages, asks=False)
-            return [Encoded(ids, page.paint(ids, borders), None)]
+            if page.asks_so(ids, borders):
+                return [Encoded(ids, page.paint(ids, borders), None)]
         ends = [at for at, one in enumerate(messages, start=1) if one["role"] == "assistant"]
-        found = []
-        for upto in (page.messages[:end] for end in ends):
-            ids, last = page.encode(upto, asks=False), page.borders(upto)[-1:]
-            if None in last:
-                raise _untrainable("what it asks an answer with is not how it writes that answer")
-            found.append(Encoded(ids, page.paint(ids, last), None))
-        return found
+        return [page.lesson(page.messages[:end]) for end in ends]
 
     def _page(
         self,
@@ -190,6 +185,31 @@ class _Page:
             end = ends[-1] + 1 if ends else end
             mask[start:end] = [True] * (end - start)
         return mask
+
+    def asks_so(self, ids: list[int], borders: Sequence["Borders | None"]) -> bool:
+        """Whether `ids` have, before each of these messages, the very prompt that asks for it."""
+        prompts = [self._ids(before) for before, _ in filter(None, borders)]
+        return all(ids[: len(prompt)] == prompt for prompt in prompts)
+
+    def lesson(self, messages: Sequence[Message]) -> Encoded:
+        """The last message, an answer, behind the prompt that asks for it, and it alone learned."""
+        [border] = self.borders(messages)[-1:]
+        if border is None:
+            raise _untrainable("what it asks an answer with is not how it writes that answer")
+        ids = self.encode(messages, asks=False)
+        if self.asks_so(ids, [border]):
+            return Encoded(ids, self.paint(ids, [border]), None)
+        before, after = border
+        asked, said = self._ids(before), self._ids(after.removeprefix(before))
+        if self._decoded(asked + said) != self._decoded(self._ids(after)):
+            raise _untrainable("an answer encoded behind its prompt is not the text it writes")
+        ends = [at for at, id in enumerate(said) if id in self.tokenizer.special_ids]
+        learned = ends[-1] + 1 if ends else len(said)
+        mask = [False] * len(asked) + [at < learned for at in range(len(said))]
+        return Encoded(asked + said, mask, None)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special=False)
 
     def borders(self, messages: Sequence[Message]) -> list["Borders | None"]:
         """Of each of the assistant's messages: the text before it, and that through its end. None
