@@ -69,9 +69,9 @@ def _print(proof: "Proof") -> None:
         if finding.verdict not in ("equal", "not checked"):
             told.setdefault(_told(finding), []).append(finding)
     for line, same in told.items():
-        routes = " and ".join(dict.fromkeys(finding.route for finding in same))
-        heads = f"{' and '.join(dict.fromkeys(f.conversation for f in same))}, {routes}"
-        console.print(f"{heads}: {line}", markup=False, highlight=False, soft_wrap=True)
+        where = " and ".join(dict.fromkeys(finding.conversation for finding in same))
+        who = " and ".join(dict.fromkeys(finding.route for finding in same))
+        console.print(f"{where}, {who}: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(UNCHECKED, highlight=False)
 
 
