@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.record import record
-from xverse.checkpoint.convert import convert_to_safetensors
+from xverse.checkpoint.gguf_unpack import unpack_gguf
 from xverse.checkpoint.load import load
 from xverse.checkpoint.resolve import resolve, title_of
 from xverse.data.loader import Position
@@ -62,7 +62,7 @@ def _folder(model: Path, target: Path) -> Path:
     """A model folder of plain weights, which a GGUF file is not."""
     if model.is_dir():
         return model
-    convert_to_safetensors(model, target)
+    unpack_gguf(model, target)
     return target
 
 

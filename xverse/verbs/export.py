@@ -24,7 +24,7 @@ class Config:
     out: Annotated[str, tyro.conf.Positional]
     """The new folder (for gguf the new .gguf file); it must not exist, or be an empty folder."""
     to: Literal["safetensors", "gguf", "ollama", "merged"] = "safetensors"
-    """safetensors: the same values; gguf: one file; ollama: that file and a Modelfile; merged: the
+    """safetensors: the same values, of a GGUF file as numbers; gguf: one file; ollama: that file and a Modelfile; merged: the
     model with an adapter taken in."""
     adapter: str = ""
     """PEFT folder that --to merged takes in, as `xverse finetune` writes it."""
@@ -87,6 +87,11 @@ def _safetensors(config: Config, model: Path, out: Path) -> tuple[dict[str, obje
             "Their values stay as they are.",
             "Leave it out, or add --to gguf.",
         )
+    if model.is_file():
+        from xverse.checkpoint.gguf_unpack import unpack_gguf
+
+        dtype = str(unpack_gguf(model, out)).removeprefix("torch.")
+        return {"folder": str(out), "dtype": dtype}, f"xverse chat {out}"
     convert_to_safetensors(model, out)
     return {"folder": str(out)}, f"xverse chat {out}"
 
