@@ -24,8 +24,8 @@ class Config:
     out: Annotated[str, tyro.conf.Positional]
     """The new folder (for gguf the new .gguf file); it must not exist, or be an empty folder."""
     to: Literal["safetensors", "gguf", "ollama", "merged"] = "safetensors"
-    """safetensors: the same values, of a GGUF file as numbers; gguf: one file; ollama: that file and a Modelfile; merged: the
-    model with an adapter taken in."""
+    """safetensors: the same values, of a GGUF file as numbers; gguf: one file; ollama: that file
+    and a Modelfile; merged: the model with an adapter taken in."""
     adapter: str = ""
     """PEFT folder that --to merged takes in, as `xverse finetune` writes it."""
     type: GgufType | None = None
