@@ -7,7 +7,7 @@ BIN := .venv/bin
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 LLAMA_CMAKE := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)')
 
-.PHONY: help chat test lint format types imports docs bench check clean
+.PHONY: help chat test fuzz lint format types imports docs bench check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +17,9 @@ chat: .venv/chat.stamp  ## talk to a real model (SmolLM2-135M-Instruct, until ou
 
 test: .venv/dev.stamp  ## all tests, on the CPU, without a network
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: .venv/dev.stamp  ## 20,000 hostile requests at a server: no 5xx, no restart, all as OpenAPI says
+	$(BIN)/python -m bench.server_fuzz --requests 20000 --seed 7 --clients 8 > .venv/fuzz.json
 
 lint: .venv/dev.stamp  ## style, by ruff
 	$(BIN)/ruff check .

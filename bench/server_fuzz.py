@@ -32,6 +32,7 @@ from bench.fuzz_mutants import Case
 from bench.record import record
 
 KEY, MODEL = "the-key-of-the-fuzzer", "tiny"
+PATIENCE_S = 120.0  # for an answer: the machine may be busy with other things
 EXAMPLES, MUTANTS = 60, 400  # of a block: schemathesis makes 30 to 100 a second, mutants are cheap
 CONTEXT = 2048
 KEPT = 20  # faults that are told in full
@@ -260,7 +261,13 @@ def main() -> int:
         with served(model, Path(name)) as server:
             began = time.monotonic()
             tally = asyncio.run(
-                fuzz(server, asked.requests, seed=asked.seed, clients=asked.clients)
+                fuzz(
+                    server,
+                    asked.requests,
+                    seed=asked.seed,
+                    clients=asked.clients,
+                    patience_s=PATIENCE_S,
+                )
             )
             seconds = time.monotonic() - began
             after = aftermath(server)
