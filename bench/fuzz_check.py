@@ -130,16 +130,27 @@ def _stream_faults(route: str, body: bytes) -> Iterator[str]:
         yield f"the stream ends with {last[:80]!r}"
 
 
+def _without_null(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without the nulls that OpenAI's streams have and the package's type has not: before
+    the end, and beside the first token of a prompt that is echoed."""
+    found = {**choice, "finish_reason": choice.get("finish_reason") or "stop"}
+    logprobs = found.get("logprobs") or {}
+    numbers = logprobs.get("token_logprobs") or []
+    if numbers and numbers[0] is None:
+        found["logprobs"] = {**logprobs, "token_logprobs": [0.0, *numbers[1:]]}
+        if tops := logprobs.get("top_logprobs"):
+            found["logprobs"]["top_logprobs"] = [tops[0] or {}, *tops[1:]]
+    return found
+
+
 def _event_faults(route: str, content: dict[str, Any]) -> Iterator[str]:
     """What the openai package's own types say against it; it does not ask them itself."""
     model: Any = CHUNKS.get(route) or EVENTS.get(str(content.get("type")))
     if model is None:
         yield f"an event of no known type: {str(content)[:80]}"
         return
-    if route == "/v1/completions":  # its type has no null there, which OpenAI's streams have
-        choices = content.get("choices", [])
-        ended = [{**c, "finish_reason": c.get("finish_reason") or "stop"} for c in choices]
-        content = {**content, "choices": ended}
+    if route == "/v1/completions":
+        content = {**content, "choices": [*map(_without_null, content.get("choices", []))]}
     try:
         model.model_validate(content)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Completions through the openai package: texts, ids, echo, log-probabilities, streams."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -78,6 +79,32 @@ def test_streams_join_and_logprobs_too(client: OpenAI) -> None:
     assert whole.choices[0].logprobs is not None
     assert numbers == pytest.approx(whole.choices[0].logprobs.token_logprobs)
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_every_streamed_choice_has_the_prompt_s_log_probabilities(client: OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": ["Hello The", "One two three"],
+        "n": 5,
+        "max_tokens": 4,
+        "echo": True,
+        "logprobs": 1,
+        "seed": 7,
+        "temperature": 1.2,
+        "extra_body": {"ignore_eos": True},
+    }
+    whole = {choice.index: choice for choice in client.completions.create(**asked).choices}
+    texts: dict[int, str] = {}
+    tokens: dict[int, list[str]] = {}
+    for chunk in client.completions.create(stream=True, **asked):
+        for choice in chunk.choices:
+            assert choice.logprobs is not None
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens or [])
+    assert texts == {index: choice.text for index, choice in whole.items()}
+    for index, choice in whole.items():
+        assert choice.logprobs is not None
+        assert tokens[index] == choice.logprobs.tokens
 
 
 def test_choices_are_numbered_through(client: OpenAI) -> None:

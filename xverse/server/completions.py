@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +87,8 @@ class _Reply:
             )
             for _ in prompts
         ]
+        self._led: set[int] = set()  # leaders that have begun
+        self._held: dict[int, list[tuple[int, Piece]]] = {}  # by leader
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -103,9 +105,7 @@ class _Reply:
                 self._hear(place, piece)
         choices = []
         for place, choice in enumerate(self._choices):
-            shared = self._choices[place - place % (self._asked.n or 1)]
-            prompt_logprobs = shared.prompt_logprobs  # one computed them for all its like
-            logprobs = self._logprobs(place, choice.logprobs, prompt_logprobs, 0)
+            logprobs = self._logprobs(place, choice.logprobs, 0)
             choices.append(self._json(place, choice.text, choice.finish, logprobs))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -118,14 +118,13 @@ class _Reply:
         async with aclosing(found):
             async for batch in found:
                 chunk = b""
-                for place, piece in batch:
-                    choice = self._choices[place]
-                    offset = len(choice.text)
-                    mine = self._hear(place, piece)
-                    logprobs = self._logprobs(place, mine, piece.prompt_logprobs, offset)
+                for place, piece in self._in_turn(batch):
+                    offset = len(self._choices[place].text)
+                    logprobs = self._logprobs(place, self._hear(place, piece), offset)
                     content = self._json(place, piece.text, piece.finish, logprobs)
                     chunk += event({**self._head, "choices": [content], **more})
-                yield chunk
+                if chunk:
+                    yield chunk
         if with_usage:
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
@@ -142,15 +141,32 @@ class _Reply:
         choice.prompt_logprobs += piece.prompt_logprobs
         return mine
 
-    def _logprobs(
-        self, place: int, mine: Sequence[Logprob], prompt: Sequence[Logprob], offset: int
-    ) -> dict[str, Any] | None:
+    def _leader(self, place: int) -> int:
+        """The choice that computes the prompt's log-probabilities for all its like."""
+        return place - place % (self._asked.n or 1)
+
+    def _in_turn(self, batch: Iterable[tuple[int, Piece]]) -> Iterator[tuple[int, Piece]]:
+        """The pieces that can be told. Where they begin with what the leader computes, those of
+        others wait for it."""
+        waits = self._asked.echo and self._asked.logprobs is not None
+        for place, piece in batch:
+            leader = self._leader(place)
+            if waits and place != leader and leader not in self._led:
+                self._held.setdefault(leader, []).append((place, piece))
+                continue
+            yield place, piece
+            if place == leader:
+                self._led.add(leader)
+                yield from self._held.pop(leader, [])
+
+    def _logprobs(self, place: int, mine: Sequence[Logprob], offset: int) -> dict[str, Any] | None:
         if self._asked.logprobs is None:
             return None
-        first = None
-        if self._asked.echo and offset == 0:
-            first = token_text(self._service.tokenizer.token_bytes(self._prompts[place].ids[0]))
-        return completion_logprobs([*prompt, *mine], self._asked.logprobs, offset, first=first)
+        if not self._asked.echo or offset:
+            return completion_logprobs(mine, self._asked.logprobs, offset)
+        first = token_text(self._service.tokenizer.token_bytes(self._prompts[place].ids[0]))
+        prompt = self._choices[self._leader(place)].prompt_logprobs
+        return completion_logprobs([*prompt, *mine], self._asked.logprobs, 0, first=first)
 
     def _json(
         self, place: int, text: str, finish: Finish | None, logprobs: dict[str, Any] | None
