@@ -53,7 +53,8 @@ def test_commands_are_understood(line: str) -> None:
     program, verb, *args = shlex.split(line, comments=True)
     assert program == "xverse"
     assert verb in verbs()
-    parse(import_module(f"xverse.verbs.{verb}").Config, args, prog=verb, description="")
+    config = import_module(f"xverse.verbs.{verb.replace('-', '_')}").Config
+    parse(config, args, prog=verb, description="")
 
 
 def test_make_targets_exist() -> None:
