@@ -162,7 +162,9 @@ def _peft(config: Config) -> dict[str, object]:
     trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=_collate)
     trainer.train()
     seconds = time.monotonic() - began
-    held = loader_of(run.held, row_tokens=config.row_tokens, rows_per_pass=1, packing=False)
+    held = loader_of(
+        run.held, row_tokens=config.row_tokens, rows_per_step=1, rows_per_pass=1, packing=False
+    )
     return {"after": _mean_loss(model, _rows(held, len(run.held))), "seconds": seconds}
 
 

@@ -86,7 +86,7 @@ def test_a_split_keeps_rows_together_and_loses_none() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_epoch_reads_each_sample_once_and_whole(packing: bool) -> None:
     samples = many()
-    loader = loader_of(samples, row_tokens=32, rows_per_pass=2, passes=2, packing=packing)
+    loader = loader_of(samples, row_tokens=32, rows_per_step=4, rows_per_pass=2, packing=packing)
     wanted = sorted((at, len(one.ids) - 1, int(one.learned[1:].sum())) for at, one in
                     enumerate(samples))  # fmt: skip
     steps = list(loader.once())
@@ -103,7 +103,7 @@ def test_an_epoch_reads_each_sample_once_and_whole(packing: bool) -> None:
 
 def test_rows_alone_have_no_padding() -> None:
     samples = many()
-    loader = loader_of(samples, row_tokens=32, rows_per_pass=4, packing=False)
+    loader = loader_of(samples, row_tokens=32, rows_per_step=4, rows_per_pass=4, packing=False)
     for step in islice(loader.steps(Position()), 10):
         (batch,) = step.passes
         assert len(batch.documents) == 4
@@ -114,11 +114,13 @@ def test_rows_alone_have_no_padding() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_share_the_steps_of_one(packing: bool) -> None:
     samples = many()
-    alone = loader_of(samples, row_tokens=32, rows_per_pass=1, passes=4, packing=packing, seed=4)
+    alone = loader_of(
+        samples, row_tokens=32, rows_per_step=4, rows_per_pass=1, packing=packing, seed=4
+    )
     both = [
         loader_of(
-            samples, row_tokens=32, rows_per_pass=1, passes=2, rank=rank, ranks=2, packing=packing,
-            seed=4,
+            samples, row_tokens=32, rows_per_step=4, rows_per_pass=1, rank=rank, ranks=2,
+            packing=packing, seed=4,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -133,7 +135,7 @@ def test_ranks_share_the_steps_of_one(packing: bool) -> None:
 
 def test_going_on_gives_the_same_and_epochs_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WINDOW", 16)
-    loader = loader_of(many(), row_tokens=32, rows_per_pass=2, packing=False)
+    loader = loader_of(many(), row_tokens=32, rows_per_step=2, rows_per_pass=2, packing=False)
     steps = list(islice(loader.steps(Position()), 60))
     later = next(iter(loader.steps(steps[37].after)))
     assert torch.equal(later.passes[0].ids, steps[38].passes[0].ids)
@@ -145,7 +147,7 @@ def test_going_on_gives_the_same_and_epochs_differ(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("packing", [True, False])
 def test_pairs_stay_side_by_side(packing: bool) -> None:
     made = pairs()
-    loader = loader_of(made, row_tokens=48, rows_per_pass=1, passes=2, packing=packing)
+    loader = loader_of(made, row_tokens=48, rows_per_step=2, rows_per_pass=1, packing=packing)
     seen = []
     for step in loader.once():
         real = 0
@@ -171,11 +173,11 @@ def test_pairs_stay_side_by_side(packing: bool) -> None:
 
 def test_what_no_row_has_room_for_is_refused() -> None:
     with pytest.raises(XverseError, match="sample has 9 tokens to read, and a row 8"):
-        loader_of(samples_of([sample(0, 10, 2)]), row_tokens=8, rows_per_pass=1)  # type: ignore[arg-type]
+        loader_of(samples_of([sample(0, 10, 2)]), row_tokens=8, rows_per_step=1, rows_per_pass=1)  # type: ignore[arg-type]
     two = samples_of([Pair(sample(0, 6, 2), sample(1, 6, 2))])
     with pytest.raises(XverseError, match="pair has 10 tokens to read, and a row 8"):
-        loader_of(two, row_tokens=8, rows_per_pass=1)
-    assert isinstance(loader_of(two, row_tokens=10, rows_per_pass=1), Loader)
+        loader_of(two, row_tokens=8, rows_per_step=1, rows_per_pass=1)
+    assert isinstance(loader_of(two, row_tokens=10, rows_per_step=1, rows_per_pass=1), Loader)
 
 
 def test_a_table_takes_five_bytes_a_token() -> None:

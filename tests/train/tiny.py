@@ -63,8 +63,8 @@ def answer_loader(training: Training, ranks: Ranks) -> Loader:
     return lessons_loader(
         answers(),
         row_tokens=training.row_tokens,
+        rows_per_step=training.rows_per_step,
         rows_per_pass=training.rows_per_pass,
-        passes=training.rows_per_step // training.rows_per_pass // ranks.size,
         rank=ranks.rank,
         ranks=ranks.size,
         packing=False,

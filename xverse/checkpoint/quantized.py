@@ -58,8 +58,7 @@ def stored_names(name: str, layer: QuantizedLinear) -> list[str]:
 
 def size_of(layer: QuantizedLinear) -> tuple[int, int]:
     """Rows and columns of the layer, or of each of a stack."""
-    rows, held = layer.weight.shape[-2:]
-    return rows, held * 8 // layer.scheme.bits
+    return layer.weight.shape[-2], layer.inputs
 
 
 class LayerFiles:

@@ -174,8 +174,8 @@ class Loader:
         if not self.packing:
             return [self._row(item) for item in chosen.tolist()]
         # A pair has two last tokens that are no inputs, and `pack` leaves out one.
-        lengths = self.lengths.reshape(-1, self.together).sum(axis=1) - (self.together - 1)
-        rows = pack(chosen.tolist(), lengths[chosen].tolist(), self.row_tokens)
+        lengths = self.lengths.reshape(-1, self.together)[chosen].sum(axis=1) - (self.together - 1)
+        rows = pack(chosen.tolist(), lengths.tolist(), self.row_tokens)
         if self.together > 1:
             rows = [[piece for item in row for piece in self._row(item.document)] for row in rows]
         return [rows[i] for i in row_order(len(rows), (self.seed, epoch, window))]

@@ -1,5 +1,6 @@
 """LESSONS -> ONE ARRAY. Samples and preference pairs, compact, as a loader reads them."""
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Self, TypeVar, cast, overload
@@ -111,8 +112,9 @@ class _Lessons(Sequence[Item], Generic[Item]):
         here = slice(start, start + self._table.lengths[index])
         return Sample(self._table.ids[here], self._table.learned[here])
 
+    @abstractmethod
     def _item(self, samples: Sequence[Sample]) -> Item:
-        raise NotImplementedError
+        """What `together` samples in turn are."""
 
 
 class Samples(_Lessons[Sample]):
@@ -177,8 +179,8 @@ def loader_of(
     samples: Samples | Pairs,
     *,
     row_tokens: int,
+    rows_per_step: int,
     rows_per_pass: int,
-    passes: int = 1,
     rank: int = 0,
     ranks: int = 1,
     seed: int = 0,
@@ -186,12 +188,11 @@ def loader_of(
 ) -> Loader:
     """The loader of these samples, each whole in one row.
 
-    A step has `passes` passes of `rows_per_pass` rows on each of `ranks`. With `packing` a row has
-    as many samples (or pairs) as fit into `row_tokens` inputs, which don't see each other; else it
-    has one. Rows of packed samples are filled up to `row_tokens`; all others are as long as what
-    they hold.
+    With `packing` a row has as many samples (or pairs) as fit into `row_tokens` inputs, which don't
+    see each other; else it has one. Rows of packed samples are filled up to `row_tokens`; all
+    others are as long as what they hold.
 
-    Raises XverseError for a sample, or a pair, that no row has room for.
+    Raises XverseError as Loader, and for a sample, or a pair, that no row has room for.
     """
     lengths = samples.lengths() - 1
     longest = int(lengths.reshape(-1, samples.together).sum(axis=1).max(initial=0))
@@ -205,7 +206,7 @@ def loader_of(
     return Loader(
         samples,
         row_tokens=row_tokens,
-        rows_per_step=rows_per_pass * passes * ranks,
+        rows_per_step=rows_per_step,
         rows_per_pass=rows_per_pass,
         rank=rank,
         ranks=ranks,

@@ -121,7 +121,9 @@ class PlainRunner:
 
 
 def owners_of(chunks: Sequence[Chunk]) -> list[Loaded | None]:
-    """The adapter of each row of these chunks."""
+    """The adapter of each row of these chunks; empty where no row has one."""
+    if all(chunk.generation.adapter is None for chunk in chunks):
+        return []
     return [chunk.generation.adapter for chunk in chunks for _ in range(chunk.rows)]
 
 

@@ -118,7 +118,7 @@ def compare(model: Path) -> Proof:
         folder = Path(aside) / "model"
         tokenizer.save(folder, chat_template=chat.template, chat_format=chat.name)
         routes: dict[str, Ask | str] = {
-            "server": _server(checkpoint.config, tokenizer),
+            "server": _server(chat, tokenizer),
             "transformers with xverse": _transformers(folder, ours=True),
             "transformers alone": _transformers(folder, ours=False),
             "GGUF": _gguf(
@@ -221,13 +221,12 @@ def _worst(findings: Sequence[Finding]) -> Finding:
     return min(findings, key=lambda finding: order.index(finding.verdict))
 
 
-def _server(config: Mapping[str, object], tokenizer: Tokenizer) -> Ask | str:
+def _server(chat: ChatFormat, tokenizer: Tokenizer) -> Ask | str:
     """What /render does."""
     try:
         from xverse.server.service import prompt_of
     except ImportError as error:
         return f"{error.name} is not installed"
-    chat = chat_format(config, tokenizer)
     return lambda messages, tools: prompt_of(chat, tokenizer, messages, tools, NOW)
 
 

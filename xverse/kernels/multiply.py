@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xverse.errors import XverseError
 from xverse.kernels import native
 
 ROWS = 16  # rows up to which a product is a matter of memory, and not of arithmetic
@@ -67,9 +66,5 @@ def _compiled(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
         torch.get_num_threads(),
     )
     if failed:
-        raise XverseError(
-            "There is no memory for a matrix product.",
-            f"{x_TD.numel() // inputs} rows of {inputs} numbers did not fit.",
-            "Free memory, or use shorter steps (step_tokens).",
-        )
+        raise native.no_memory(f"{x_TD.numel() // inputs} rows of {inputs} numbers did not fit.")
     return y_TN

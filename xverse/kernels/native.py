@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from xverse.errors import XverseError
 from xverse.kernels.compile_native import VARIANTS, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}  # what it computes with, by its flag
@@ -61,6 +62,12 @@ def variant() -> str:
 def bf16_in_hardware() -> bool:
     """Whether this CPU multiplies bf16 itself; else PyTorch widens, at a fifth of the speed."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def no_memory(why: str) -> XverseError:
+    """The error where a product found none."""
+    fix = "Free memory, or use shorter steps (step_tokens)."
+    return XverseError("There is no memory for a matrix product.", why, fix)
 
 
 @cache

@@ -10,7 +10,6 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from xverse.errors import XverseError
 from xverse.kernels import native
 from xverse.kernels.reference import Norm
 
@@ -103,11 +102,8 @@ class PackedWeights(nn.Module):
             torch.get_num_threads(),
         )
         if failed:
-            raise XverseError(
-                "There is no memory for a matrix product.",
-                f"The integers of {x_TD.numel() // self.inputs} rows did not fit.",
-                "Free memory, or use shorter steps (step_tokens).",
-            )
+            rows = x_TD.numel() // self.inputs
+            raise native.no_memory(f"The integers of {rows} rows did not fit.")
         return y_TN
 
     def rows_of(self, ids_T: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """X, HEAD, TARGETS -> LOSS. Cross-entropy of a large vocabulary, without its logits ever whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from xverse.kernels.reference_train import Scored
 LOGITS = 2**28  # alive at a time: 0.5 GiB in bf16, and 2,560 tokens of a vocabulary of 100,534
 STEP = 256  # rows are a multiple of it, which is whole tiles of the product
 
+# Logits [T, V], targets, mask and z_factor -> (loss, z_loss, gradient of both for the logits).
+Scorer = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+
 
 def cross_entropy(
     x_TD: Tensor,
@@ -21,14 +25,16 @@ def cross_entropy(
     *,
     z_factor: float = 0.0,
     rows: int | None = None,
+    scorer: Scorer | None = None,
 ) -> Scored:
     """Summed loss of the targets in the mask, as x @ head.T predicts them, `rows` at a time.
 
     Twin: `reference_train.cross_entropy`. `loss` carries the gradient of loss + z_factor * z_loss,
-    which is computed on the way; `z_loss` carries none.
+    which is computed on the way; `z_loss` carries none. `scorer` takes the place of the device's
+    kernel, where logits are not all that a rank has of a row.
     """
-    rows = rows or _rows(head_VD)
-    loss, z_loss = _Chunks.apply(x_TD, head_VD, targets_T, mask_T, z_factor, rows)  # type: ignore[no-untyped-call]
+    rows, scorer = rows or _rows(head_VD), scorer or dispatch.score(x_TD.device).call
+    loss, z_loss = _Chunks.apply(x_TD, head_VD, targets_T, mask_T, z_factor, rows, scorer)  # type: ignore[no-untyped-call]
     return Scored(loss, z_loss)
 
 
@@ -98,8 +104,8 @@ class _Chunks(torch.autograd.Function):
         mask_T: Tensor,
         z_factor: float,
         rows: int,
+        score: Scorer,
     ) -> tuple[Tensor, Tensor]:
-        score = dispatch.score(x_TD.device).call
         wants_x, wants_head = ctx.needs_input_grad[:2]
         x_gradient = torch.empty_like(x_TD) if wants_x else None
         # Summed in fp32: a chunk's part of a gradient is below bf16's last place of the sum.
@@ -123,10 +129,10 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, upstream: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         x_gradient, head_gradient = ctx.saved_tensors
         if x_gradient is not None:
             x_gradient = x_gradient * upstream.to(x_gradient.dtype)
         if head_gradient is not None:
             head_gradient = (head_gradient * upstream).to(ctx.head_dtype)
-        return x_gradient, head_gradient, None, None, None, None
+        return x_gradient, head_gradient, None, None, None, None, None

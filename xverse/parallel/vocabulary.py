@@ -1,6 +1,7 @@
 """IDS -> D, X -> LOSS. Embedding, head and cross-entropy whose vocabulary is spread over ranks."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,17 +72,15 @@ def cross_entropy(
     """
     weight, rows = layer.weight, rows_of(layer)
     assert isinstance(weight, Tensor)
-    if rows is None:
-        return score.cross_entropy(x_TD, weight, targets_T, mask_T, z_factor=z_factor)
-    chunk = max(score.STEP, score.LOGITS // len(weight) // score.STEP * score.STEP)
-    loss, z_loss = _Chunks.apply(x_TD, weight, targets_T, mask_T, z_factor, rows, chunk)  # type: ignore[no-untyped-call]
-    return Scored(loss, z_loss)
+    scorer = None if rows is None else functools.partial(_score, rows=rows)
+    return score.cross_entropy(x_TD, weight, targets_T, mask_T, z_factor=z_factor, scorer=scorer)
 
 
 def _score(
     logits_TV: Tensor, targets_T: Tensor, mask_T: Tensor, z_factor: float, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference_train.score_logits` of this rank's columns: sums over all, its own gradient."""
+    """`reference_train.score_logits` of this rank's columns: its equal share of the sums over all,
+    and its own gradient."""
     logits = logits_TV.float()
     own_T = targets_T - rows.first
     here_T = (own_T >= 0) & (own_T < logits.shape[1])
@@ -95,53 +94,10 @@ def _score(
     gradient_TV = (logits - lse_T[:, None]).exp() * share_T1
     gradient_TV.scatter_add_(-1, place_T1, -(here_T & mask_T).float()[:, None])
     return (
-        torch.where(mask_T, lse_T - picked_T, zero).sum(),
-        torch.where(mask_T, lse_T.square(), zero).sum(),
+        torch.where(mask_T, lse_T - picked_T, zero).sum() / rows.group.size(),
+        torch.where(mask_T, lse_T.square(), zero).sum() / rows.group.size(),
         gradient_TV.to(logits_TV.dtype),
     )
-
-
-class _Chunks(torch.autograd.Function):
-    """Loss and gradients in one pass, some rows of logits at a time, as kernels.score has it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        head_VD: Tensor,
-        targets_T: Tensor,
-        mask_T: Tensor,
-        z_factor: float,
-        rows: Rows,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        wants_x, wants_head = ctx.needs_input_grad[:2]
-        x_gradient = torch.empty_like(x_TD) if wants_x else None
-        head_gradient = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
-        sums = torch.zeros(2, dtype=torch.float32, device=x_TD.device)
-        parts = (tensor.split(chunk) for tensor in (x_TD, targets_T, mask_T))
-        for start, (x, targets, mask) in enumerate(zip(*parts, strict=True)):
-            logits = functional.linear(x, head_VD)
-            loss, z_loss, gradient = _score(logits, targets, mask, z_factor, rows)
-            sums += torch.stack((loss, z_loss)) / rows.group.size()
-            if x_gradient is not None:
-                torch.mm(gradient, head_VD, out=x_gradient[start * chunk : (start + 1) * chunk])
-            if head_gradient is not None:
-                head_gradient += gradient.T @ x
-        ctx.save_for_backward(x_gradient, head_gradient)
-        ctx.head_dtype = head_VD.dtype
-        loss_sum, z_sum = sums[0].clone(), sums[1].clone()
-        ctx.mark_non_differentiable(z_sum)
-        return loss_sum, z_sum
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_gradient, head_gradient = ctx.saved_tensors
-        if x_gradient is not None:
-            x_gradient = x_gradient * upstream.to(x_gradient.dtype)
-        if head_gradient is not None:
-            head_gradient = (head_gradient * upstream).to(ctx.head_dtype)
-        return x_gradient, head_gradient, None, None, None, None, None
 
 
 def _part(layer: nn.Module, first: int, last: int) -> Tensor:

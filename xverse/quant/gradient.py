@@ -28,7 +28,7 @@ def multiply(layer: "QuantizedLinear", x_TD: Tensor, expert: int | None) -> Tens
 
 def rows_of(layer: "QuantizedLinear", expert: int | None) -> Iterator[tuple[slice, Tensor]]:
     """The weight in its scale's dtype, some rows [n, D] at a time, and which ones they are."""
-    count, columns = layer.weight.shape[-2], layer.weight.shape[-1] * 8 // layer.scheme.bits
+    count, columns = layer.weight.shape[-2], layer.inputs
     step = max(1, NUMBERS // columns)
     for first in range(0, count, step):
         rows = slice(first, min(count, first + step))

@@ -61,6 +61,11 @@ class QuantizedLinear(nn.Module):
         packed = pack_nibbles(steps) if scheme.bits == 4 else steps
         return cls(packed, scale, None if bias is None else bias.detach(), scheme, zero)
 
+    @property
+    def inputs(self) -> int:
+        """D, of which 4 bits have two in a byte."""
+        return self.weight.shape[-1] * 8 // self.scheme.bits
+
     def alike(self, other: nn.Module) -> bool:
         """Whether `join` can make one layer of the two."""
         if not isinstance(other, QuantizedLinear) or self.scheme != other.scheme:

@@ -144,9 +144,8 @@ def why_not(module: nn.Module) -> str:
         return "its weights are fp8"
     if module.weight.device.type != "cpu":
         return f"it is on {module.weight.device.type}"
-    inputs = module.weight.shape[-1] * (8 // module.scheme.bits)
-    if group_of(inputs, module.scheme.group_size) % 8:
-        return f"its {inputs} inputs come in no groups of 8"
+    if group_of(module.inputs, module.scheme.group_size) % 8:
+        return f"its {module.inputs} inputs come in no groups of 8"
     return native.why_not()
 
 

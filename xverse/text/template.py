@@ -181,10 +181,14 @@ class _Page:
         mask = [False] * len(ids)
         for before, after in filter(None, borders):
             start, end = (_common(ids, self._ids(part)) for part in (before, after))
-            ends = [i for i in range(start, end) if ids[i] in self.tokenizer.special_ids]
-            end = ends[-1] + 1 if ends else end
-            mask[start:end] = [True] * (end - start)
+            said = self._said(ids[start:end])
+            mask[start : start + said] = [True] * said
         return mask
+
+    def _said(self, ids: list[int]) -> int:
+        """How many of an answer's ids the assistant says: up to the last special token, or all."""
+        ends = [at for at, id in enumerate(ids, start=1) if id in self.tokenizer.special_ids]
+        return ends[-1] if ends else len(ids)
 
     def asks_so(self, ids: list[int], borders: Sequence["Borders | None"]) -> bool:
         """Whether `ids` have, before each of these messages, the very prompt that asks for it."""
@@ -203,8 +207,7 @@ class _Page:
         asked, said = self._ids(before), self._ids(after.removeprefix(before))
         if self._decoded(asked + said) != self._decoded(self._ids(after)):
             raise _untrainable("an answer encoded behind its prompt is not the text it writes")
-        ends = [at for at, id in enumerate(said) if id in self.tokenizer.special_ids]
-        learned = ends[-1] + 1 if ends else len(said)
+        learned = self._said(said)
         mask = [False] * len(asked) + [at < learned for at in range(len(said))]
         return Encoded(asked + said, mask, None)
 

@@ -176,7 +176,5 @@ def row_lengths(layer: Adapted, expert: int | None) -> Tensor:
 def size_of(layer: nn.Module) -> tuple[int, ...]:
     """(N, D) of a linear layer, (X, N, D) of a stack; quantized or not."""
     weight = cast(Tensor, layer.weight)
-    columns = weight.shape[-1]
-    if isinstance(layer, QuantizedLinear):
-        columns = columns * 8 // layer.scheme.bits
-    return (*weight.shape[:-1], columns)
+    inputs = layer.inputs if isinstance(layer, QuantizedLinear) else weight.shape[-1]
+    return (*weight.shape[:-1], inputs)

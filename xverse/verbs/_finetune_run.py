@@ -162,24 +162,14 @@ class FineTuningRun:
             )
 
     def _loader(self, samples: Samples | Pairs) -> Loader:
-        config, ranks = self.config, self.ranks
-        grid = grid_of(ranks, config.mesh)
-        readers = grid.axes.readers
-        share = config.rows_per_pass * readers
-        if config.rows_per_step % share:
-            raise XverseError(
-                f"A step of {config.rows_per_step} rows cannot be shared by {readers} processes.",
-                f"Each takes {config.rows_per_pass} rows in a pass, and all of them equally many "
-                "passes.",
-                f"Take a multiple of {share} rows for a step.",
-            )
+        config, grid = self.config, grid_of(self.ranks, self.config.mesh)
         return loader_of(
             samples,
             row_tokens=config.row_tokens,
+            rows_per_step=config.rows_per_step,
             rows_per_pass=config.rows_per_pass,
-            passes=config.rows_per_step // share,
             rank=grid.reader,
-            ranks=readers,
+            ranks=grid.axes.readers,
             seed=config.seed,
             packing=config.packing,
         )
