@@ -21,7 +21,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ TINY = ModelShape(
 )
 SMALL_GROUPS = 64  # which divide the tiny shape's layers
 Figures = dict[str, object]
+COPIES = range(4)  # of a weight that is timed, so that no cache holds it
 
 
 class Place:
@@ -86,15 +87,16 @@ class Place:
         if not self.small:
             torch.cuda.synchronize()
 
-    def milliseconds(self, call: Callable[[], object], repeat: int = 7) -> float:
-        """Median, after two that do not count."""
+    def milliseconds(self, *calls: Callable[[], object], repeat: int = 7) -> float:
+        """Of one of the calls, which follow each other: the median, after two that do not count."""
         times = []
         for _ in range(2 + repeat):
             self.wait()
             start = time.perf_counter()
-            call()
+            for call in calls:
+                call()
             self.wait()
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (time.perf_counter() - start) / len(calls))
         return statistics.median(times[2:])
 
     def clear(self) -> None:
@@ -265,22 +267,30 @@ def rows(place: Place) -> Figures:
     if place.small:
         sizes, counts = {"tiny": (96, 192)}, (16, 40)
     for name, (outputs, inputs) in sizes.items():
-        plain = torch.randn(outputs, inputs, device=place.device, dtype=place.dtype)
+        plain = [torch.randn(outputs, inputs, device=place.device).to(place.dtype) for _ in COPIES]
         for kind in ("int4", "fp8"):
             group = None if kind == "fp8" else 64 if place.small else 128
-            steps = random_steps(kind, group, outputs, inputs, place)
+            weights = [random_steps(kind, group, outputs, inputs, place) for _ in COPIES]
             for count in counts:
                 x = torch.randn(count, inputs, device=place.device, dtype=place.dtype)
-                ways: dict[str, Callable[[], object]] = {
-                    "bf16": partial(functional.linear, x, plain),
-                    "in registers": partial(multiply_steps_triton.multiply_steps, x, steps),
-                    "widened once": partial(dequantize_triton.multiply_widened, x, steps),
+                registers, once = (
+                    [partial(multiply, x, steps) for steps in weights]
+                    for multiply in (
+                        multiply_steps_triton.multiply_steps,
+                        dequantize_triton.multiply_widened,
+                    )
+                )
+                ways: dict[str, Sequence[Callable[[], object]]] = {
+                    "bf16": [partial(functional.linear, x, weight) for weight in plain],
+                    "in registers": registers,
+                    "widened once": once,
                 }
                 if kind == "fp8" and not place.small:
                     rounded = reference_steps.round_rows(x)
-                    ways["rounding alone"] = partial(round_triton.round_rows, x)
-                    ways["8 bits"] = partial(multiply_rounded.multiply_rounded, rounded, steps)
-                row = {way: round(place.milliseconds(call), 4) for way, call in ways.items()}
+                    product = multiply_rounded.multiply_rounded
+                    ways["8 bits"] = [partial(product, rounded, steps) for steps in weights]
+                    ways["rounding alone"] = [partial(round_triton.round_rows, x) for _ in COPIES]
+                row = {way: round(place.milliseconds(*calls), 4) for way, calls in ways.items()}
                 found[f"{name}, {kind}, {count} rows"] = row
                 print(f"  {name:9} {kind:5} {count:5} rows  {row}", flush=True)
     if not place.small:
@@ -307,7 +317,7 @@ def ways_in_8_bits(place: Place) -> Figures:
                     key = f"{of}{', fast sums' * fast}, {parts} part{'s' * (parts - 1)}"
                     call = partial(in_8_bits, x, w, by_rows=of == "rows", fast=fast, parts=parts)
                     try:
-                        taken = place.milliseconds(call)
+                        taken = place.milliseconds(*4 * [call])
                     except RuntimeError as error:
                         print(f"  {name} {key}: {str(error).splitlines()[0]}", flush=True)
                         continue

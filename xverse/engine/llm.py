@@ -3,8 +3,11 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
+
+from torch import nn
 
 from xverse.checkpoint.adapter import read_adapter
 from xverse.checkpoint.load import Model, load
@@ -18,8 +21,10 @@ from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Sco
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
+from xverse.model.shape import ModelShape
 from xverse.quant.prepare import prepare
-from xverse.quant.quantize import quantize as quantize_decoder
+from xverse.quant.quantize import quantize_module
+from xverse.quant.recipe import Recipe
 from xverse.text.chat import Encoded, chat_format, encode_prompt
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
@@ -28,8 +33,9 @@ class LLM:
     """A language model ready to answer.
 
     `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
-    `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
-    many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
+    `quantize` 8 or 4 rounds the weights by the published scheme, each as soon as it is read.
+    `kv_tokens` is how many tokens the KV memory holds, of all conversations at once; None sizes it
+    by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
     `tensor_parallel` spreads the model over that many GPUs of this machine (or processes, on a
     CPU), each of which computes a part of every layer. `tokenizer` names another folder to take the
@@ -77,9 +83,8 @@ class LLM:
         self.model: Model
         self.engine: Engine | SpreadEngine
         if tensor_parallel == 1:
-            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
-            if quantize is not None:
-                quantize_decoder(self.model.decoder, quantize)
+            keep = None if quantize is None else partial(_rounded, Recipe.of(quantize))
+            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer, keep=keep)
             prepare(fuse(self.model.decoder), blocks=not most)
             self.engine = Engine(
                 self.model.decoder,
@@ -397,3 +402,8 @@ def _refuse_echo(sampling: Sampling | None) -> None:
             "Its answer is the next message, and not a text with a beginning.",
             "Leave echo out, or give what encode_chat returns to choices.",
         )
+
+
+def _rounded(recipe: Recipe, shape: ModelShape, name: str, module: nn.Module) -> nn.Module:
+    """What a layer that has just been read becomes, so that few are ever in memory unrounded."""
+    return quantize_module(name, module, recipe.fitting(shape))

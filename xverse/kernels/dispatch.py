@@ -305,7 +305,8 @@ def multiply_steps(device: torch.device, dtype: torch.dtype, rows: int, form: Fo
 def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str:
     """Why many rows are not rounded to 8 bits for a product with such a weight; empty where they
     are: by `round_triton` and `multiply_rounded`."""
-    return _why_no_triton(device, dtype, fp8=True) or multiply_rounded.why_not(form)
+    why_not = "" if dtype == torch.bfloat16 else f"cuBLAS gives bfloat16 there, and not {dtype}"
+    return why_not or _why_no_triton(device, dtype, fp8=True) or multiply_rounded.why_not(form)
 
 
 def _multiply_rounding(x_TD: torch.Tensor, steps: reference_steps.Steps) -> torch.Tensor:
