@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xverse.kernels import attend, multiply_fp8, reference, reference_train
+from xverse.kernels import attend, multiply_fp8, reference, reference_train, score
 from xverse.kernels.reference_train import AdamW
 from xverse.kernels.score import cross_entropy
 from xverse.model.cache import Packed
@@ -154,3 +154,52 @@ def test_linear_layers_in_eight_bits() -> None:
     )
     exact = x_TD @ w_ND.T
     assert ((y_TN - exact).norm() / exact.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "apart"), [(100, 128), (97, 97), (9000, 9024)])
+def test_the_loss_on_a_gpu_is_the_specification(
+    dtype: torch.dtype, columns: int, apart: int
+) -> None:
+    pytest.importorskip("triton")
+    from xverse.kernels import score_triton
+
+    torch.manual_seed(5)
+    room = torch.full((6, apart), float("nan"), dtype=dtype)  # padding has anything in it
+    logits_TV = room[:, :columns]
+    logits_TV.copy_(torch.randn(6, columns) * 20)
+    targets_T = torch.tensor([0, columns - 1, 5, 7, 9, 50])
+    mask_T = torch.tensor([True, True, False, True, True, True])
+    wanted = reference_train.score_logits(logits_TV.clone(), targets_T, mask_T, 1e-2)
+    found = score_triton.score_logits(logits_TV, targets_T, mask_T, 1e-2)
+    assert found[2].data_ptr() == room.data_ptr()  # in place
+    for ours, specified in zip(found, wanted, strict=True):
+        tolerance = 2**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, specified, atol=1e-5, rtol=tolerance)
+    if apart > columns:
+        assert not room[:, columns:].any()  # as products that read it whole need
+
+
+def test_a_last_row_that_ends_the_memory_is_not_read_beyond() -> None:
+    pytest.importorskip("triton")
+    from xverse.kernels import score_triton
+
+    room = torch.randn(256)
+    inner, last = (room.as_strided((1, 100), (128, 1), place) for place in (100, 156))
+    assert score_triton._readable(inner) == 128
+    assert score_triton._readable(last) == 100
+    before = room[:156].clone()
+    wanted = reference_train.score_logits(last.clone(), torch.tensor([3]), torch.tensor([True]), 0)
+    found = score_triton.score_logits(last, torch.tensor([3]), torch.tensor([True]), 0.0)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(room[:156], before)
+
+
+def test_rows_of_logits_are_even_and_fit() -> None:
+    assert score.chunk_rows(16384, 100534, in_place=True) == 4096
+    assert score.chunk_rows(16384, 100534, in_place=False) == 2560
+    assert score.chunk_rows(70, 50, in_place=False) == 256
+    for tokens in (1, 255, 5000, 8192, 30000):
+        rows = score.chunk_rows(tokens, 100534, in_place=True)
+        assert rows % score.STEP == 0
+        assert rows * 100534 <= 2 * score.LOGITS

@@ -10,10 +10,12 @@ from torch.nn import functional
 from xverse.kernels import dispatch
 from xverse.kernels.reference_train import Scored
 
-LOGITS = 2**28  # alive at a time: 0.5 GiB in bf16, and 2,560 tokens of a vocabulary of 100,534
+LOGITS = 2**28  # alive at a time beside their gradient; in its place, twice as many: 1 GiB in bf16
 STEP = 256  # rows are a multiple of it, which is whole tiles of the product
+APART = 64  # logits that a row's place in memory is a multiple of, on a GPU
 
-# Logits [T, V], targets, mask and z_factor -> (loss, z_loss, gradient of both for the logits).
+# Logits [T, V], targets, mask and z_factor -> (loss, z_loss, gradient of both for the logits),
+# which may be in the memory of the logits.
 Scorer = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -33,7 +35,8 @@ def cross_entropy(
     which is computed on the way; `z_loss` carries none. `scorer` takes the place of the device's
     kernel, where logits are not all that a rank has of a row.
     """
-    rows, scorer = rows or _rows(head_VD), scorer or dispatch.score(x_TD.device).call
+    scorer = scorer or dispatch.score(x_TD.device).call
+    rows = rows or chunk_rows(len(x_TD), len(head_VD), in_place=x_TD.is_cuda)
     loss, z_loss = _Chunks.apply(x_TD, head_VD, targets_T, mask_T, z_factor, rows, scorer)  # type: ignore[no-untyped-call]
     return Scored(loss, z_loss)
 
@@ -46,12 +49,24 @@ def log_probabilities(
     Unlike the loss above, what the gradient of each is multiplied by is known only in the backward
     pass, in which the logits are therefore made once more.
     """
-    found: Tensor = _Each.apply(x_TD, head_VD, targets_T, rows or _rows(head_VD))  # type: ignore[no-untyped-call]
+    rows = rows or chunk_rows(len(x_TD), len(head_VD), in_place=False)
+    found: Tensor = _Each.apply(x_TD, head_VD, targets_T, rows)  # type: ignore[no-untyped-call]
     return found
 
 
-def _rows(head_VD: Tensor) -> int:
-    return max(STEP, LOGITS // head_VD.shape[0] // STEP * STEP)
+def chunk_rows(tokens: int, vocabulary: int, *, in_place: bool) -> int:
+    """Rows of logits at a time, as even as may be: each chunk reads and writes the head's gradient,
+    3.3 GB at 7B, whatever its size."""
+    most = max(STEP, LOGITS * (1 + in_place) // vocabulary // STEP * STEP)
+    even = -(-tokens // max(1, -(-tokens // most)))
+    return max(STEP, -(-even // STEP) * STEP)
+
+
+def _room(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """Memory for logits [rows, V]. On a GPU rows begin at multiples of 128 bytes: a product whose
+    rows do not begin at multiples of 16 is left to slow kernels, and 100,534 is 2 x 50,267."""
+    apart = -(-vocabulary // APART) * APART if like.is_cuda else vocabulary
+    return like.new_empty(rows, apart)[:, :vocabulary]
 
 
 class _Each(torch.autograd.Function):
@@ -111,9 +126,10 @@ class _Chunks(torch.autograd.Function):
         # Summed in fp32: a chunk's part of a gradient is below bf16's last place of the sum.
         head_gradient = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         sums = torch.zeros(2, dtype=torch.float32, device=x_TD.device)
+        room_TV = _room(min(rows, len(x_TD)), len(head_VD), x_TD)
         parts = (tensor.split(rows) for tensor in (x_TD, targets_T, mask_T))
         for start, (x, targets, mask) in enumerate(zip(*parts, strict=True)):
-            logits = functional.linear(x, head_VD)
+            logits = torch.mm(x, head_VD.T, out=room_TV[: len(x)])
             loss, z_loss, gradient = score(logits, targets, mask, z_factor)
             sums += torch.stack((loss, z_loss))
             if x_gradient is not None:
@@ -133,6 +149,7 @@ class _Chunks(torch.autograd.Function):
         x_gradient, head_gradient = ctx.saved_tensors
         if x_gradient is not None:
             x_gradient = x_gradient * upstream.to(x_gradient.dtype)
-        if head_gradient is not None:
-            head_gradient = (head_gradient * upstream).to(ctx.head_dtype)
+        if head_gradient is not None:  # rounded on the way, without a copy in fp32
+            rounded = torch.empty_like(head_gradient, dtype=ctx.head_dtype)
+            head_gradient = torch.mul(head_gradient, upstream, out=rounded)
         return x_gradient, head_gradient, None, None, None, None, None
