@@ -1,7 +1,11 @@
 """The arithmetic of training: what is fused, chunked or 8 bits wide against its specification."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from xverse.kernels import attend, multiply_fp8, reference, reference_train, score
 from xverse.kernels.reference_train import AdamW
@@ -203,3 +207,32 @@ def test_rows_of_logits_are_even_and_fit() -> None:
         rows = score.chunk_rows(tokens, 100534, in_place=True)
         assert rows % score.STEP == 0
         assert rows * 100534 <= 2 * score.LOGITS
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_head_made_wider_gives_the_same_loss(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """As on a GPU, where rows of zeros make products of round sizes."""
+
+    def scorer(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, z_loss, gradient = reference_train.score_logits(logits.clone(), *others)
+        if not in_place:
+            return loss, z_loss, gradient
+        logits.as_strided((len(logits), 1024), (1024, 1)).zero_()
+        return loss, z_loss, logits.copy_(gradient)
+
+    torch.manual_seed(0)
+    x_TD, head_VD = (torch.randn(rows, 32, requires_grad=True) for rows in (300, 1006))
+    targets_T, mask_T = torch.randint(0, 1006, (300,)), torch.rand(300) > 0.3
+    found = []
+    for wider in (0, 18):
+        monkeypatch.setattr(
+            score, "_wide", lambda head, more=wider: functional.pad(head, (0, 0, 0, more))
+        )
+        loss, _ = cross_entropy(
+            x_TD, head_VD, targets_T, mask_T, z_factor=1e-3, rows=256,
+            scorer=scorer if wider else None,
+        )  # fmt: skip
+        found.append((loss, *torch.autograd.grad(loss, (x_TD, head_VD))))
+    torch.testing.assert_close(found[0], found[1])

@@ -12,10 +12,10 @@ from xverse.kernels.reference_train import Scored
 
 LOGITS = 2**28  # alive at a time beside their gradient; in its place, twice as many: 1 GiB in bf16
 STEP = 256  # rows are a multiple of it, which is whole tiles of the product
-APART = 64  # logits that a row's place in memory is a multiple of, on a GPU
+WIDE = 128  # that the rows of the head become a multiple of, on a GPU
 
 # Logits [T, V], targets, mask and z_factor -> (loss, z_loss, gradient of both for the logits),
-# which may be in the memory of the logits.
+# which may take the place of the logits, then with zeros in what their rows have as padding.
 Scorer = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -62,11 +62,11 @@ def chunk_rows(tokens: int, vocabulary: int, *, in_place: bool) -> int:
     return max(STEP, -(-even // STEP) * STEP)
 
 
-def _room(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Memory for logits [rows, V]. On a GPU rows begin at multiples of 128 bytes: a product whose
-    rows do not begin at multiples of 16 is left to slow kernels, and 100,534 is 2 x 50,267."""
-    apart = -(-vocabulary // APART) * APART if like.is_cuda else vocabulary
-    return like.new_empty(rows, apart)[:, :vocabulary]
+def _wide(head_VD: Tensor) -> Tensor:
+    """The head [W, D]; on a GPU with rows of zeros up to a multiple of WIDE. Products of which a
+    side is not a multiple of 8 are left to slow kernels there, and 100,534 is 2 x 50,267."""
+    more = -len(head_VD) % WIDE if head_VD.is_cuda else 0
+    return functional.pad(head_VD, (0, 0, 0, more)) if more else head_VD
 
 
 class _Each(torch.autograd.Function):
@@ -126,16 +126,21 @@ class _Chunks(torch.autograd.Function):
         # Summed in fp32: a chunk's part of a gradient is below bf16's last place of the sum.
         head_gradient = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         sums = torch.zeros(2, dtype=torch.float32, device=x_TD.device)
-        room_TV = _room(min(rows, len(x_TD)), len(head_VD), x_TD)
+        wide_WD, room_TW = _wide(head_VD), None
         parts = (tensor.split(rows) for tensor in (x_TD, targets_T, mask_T))
         for start, (x, targets, mask) in enumerate(zip(*parts, strict=True)):
-            logits = torch.mm(x, head_VD.T, out=room_TV[: len(x)])
+            room_TW = x.new_empty(len(x), len(wide_WD)) if room_TW is None else room_TW[: len(x)]
+            logits = torch.mm(x, wide_WD.T, out=room_TW)[:, : len(head_VD)]
             loss, z_loss, gradient = score(logits, targets, mask, z_factor)
             sums += torch.stack((loss, z_loss))
+            if gradient.data_ptr() == logits.data_ptr():
+                gradient = room_TW  # the padding included, in which its scorer left zeros
+            else:
+                gradient = functional.pad(gradient, (0, len(wide_WD) - len(head_VD)))
             if x_gradient is not None:
-                torch.mm(gradient, head_VD, out=x_gradient[start * rows : (start + 1) * rows])
+                torch.mm(gradient, wide_WD, out=x_gradient[start * rows : (start + 1) * rows])
             if head_gradient is not None:
-                head_gradient += gradient.T @ x
+                head_gradient += (gradient.T @ x)[: len(head_VD)]
         ctx.save_for_backward(x_gradient, head_gradient)
         ctx.head_dtype = head_VD.dtype
         loss_sum, z_sum = sums[0].clone(), sums[1].clone()
