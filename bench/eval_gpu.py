@@ -7,6 +7,8 @@
     mmlu-fp8      as mmlu-bf16, weights, and keys and values, in fp8 (50 s)
     suite         `xverse evaluate --tasks published`: eleven benchmarks, one command (300 s); what
                   mmlu-bf16 has asked in the same run is not asked again, and its time is added
+    host          all of MMLU past an engine whose device answers at once, what the host does for
+                  it; for a CPU, and only when it is named (40 s on two cores)
 
 Random weights end no answer, so every answer that is written has its full length. The code is that
 of `xverse evaluate`; only the weights are made on the device instead of read. Where nothing of
@@ -22,6 +24,7 @@ after each section, to bench/results/ and, if that is set, to $OUT.
 import argparse
 import gc
 import json
+import math
 import os
 import tarfile
 import tempfile
@@ -42,6 +45,7 @@ from xverse.checkpoint.load import Checkpoint, Model
 from xverse.engine.agree import ROUNDING_STEPS
 from xverse.engine.engine import Engine
 from xverse.engine.llm import LLM
+from xverse.engine.options import GPU_RUNNING, GPU_STEP, EngineOptions
 from xverse.engine.request import Request
 from xverse.engine.runner import Flight
 from xverse.engine.scheduler import Chunk
@@ -61,7 +65,8 @@ from xverse.model.shape import ModelShape
 from xverse.quant.quantize import quantize
 from xverse.text.tokenizer import Tokenizer
 
-SECTIONS = ("check", "mmlu-bf16", "mmlu-notree", "mmlu-fp8kv", "mmlu-fp8", "suite")
+ON_GPU = ("check", "mmlu-bf16", "mmlu-notree", "mmlu-fp8kv", "mmlu-fp8", "suite")
+SECTIONS = (*ON_GPU, "host")
 TARGETS_S = {"mmlu-bf16": 120, "mmlu-fp8kv": 80, "mmlu-fp8": 80, "suite": 1200}
 MODEL = "xverse-7b"
 SMALL = ModelShape(
@@ -88,6 +93,7 @@ SOME_SUBJECTS = 7  # of 57, for what takes long: 1,500 questions of every catego
 class Meter:
     """What passed through an engine while it was watched."""
 
+    until: float = math.inf  # of the clock; then it stops before the next batch
     steps: int = 0
     computed: int = 0  # tokens
     waited_s: float = 0.0  # by the host's thread, for the device
@@ -110,6 +116,8 @@ class Meter:
 
         def timed_ask(door: Any, batch: Any, options: Options) -> Any:
             start = time.perf_counter()
+            if start > self.until:
+                raise TimeoutError
             outcomes = ask(door, batch, options)
             row = self.tasks.setdefault(batch.task.name, {"questions": 0, "seconds": 0.0})
             row["questions"] += len(outcomes)
@@ -143,7 +151,7 @@ class Bench:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._open = kind, LocalDoor(self._llm(weights, kv_dtype))
+            self._open = kind, LocalDoor(self.llm(weights, kv_dtype))
         return self._open[1]
 
     def limit(self) -> int | None:
@@ -158,9 +166,11 @@ class Bench:
         if out := os.environ.get("OUT"):
             (Path(out) / file.name).write_bytes(file.read_bytes())
 
-    def _llm(self, weights: str, kv_dtype: str) -> LLM:
-        shape = SMALL if self.args.small else CATALOG[MODEL]
-        dtype = torch.float32 if self.args.small else torch.bfloat16
+    def llm(self, weights: str, kv_dtype: str) -> LLM:
+        """A new model; tiny on a CPU."""
+        tiny = self.device.type == "cpu"
+        shape = SMALL if tiny else CATALOG[MODEL]
+        dtype = torch.float32 if tiny else torch.bfloat16
         decoder = random_decoder(shape, dtype=dtype, device=self.device)
         if weights != "bf16":
             quantize(decoder, weights, method="rtn")
@@ -172,7 +182,7 @@ class Bench:
             Model(decoder, tokenizer, checkpoint),
             share_prefixes=True,
             kv_dtype="fp8" if kv_dtype == "fp8" else "auto",
-            kv_tokens=32_768 if self.args.small else None,
+            kv_tokens=32_768 if tiny else None,
         )
 
 
@@ -183,20 +193,25 @@ def engine_of(door: LocalDoor) -> Engine:
     return engine
 
 
-def measured(door: LocalDoor, work: Callable[[], int]) -> dict[str, Any]:
-    """Figures of `work`, which gives how many questions it asked."""
-    engine, meter = engine_of(door), Meter()
+def measured(bench: Bench, door: LocalDoor, work: Callable[[], int]) -> dict[str, Any]:
+    """Figures of `work`, which gives how many questions it asked; it has --most-s for them."""
+    engine, meter = engine_of(door), Meter(time.perf_counter() + bench.args.most_s)
     engine.pages.free_up(engine.pages.count)  # nothing is found that was computed before
     reused, preempted = engine.scheduler.reused_tokens, engine.scheduler.preempted
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu, thread = time.perf_counter(), time.process_time(), time.thread_time()
+    stopped = False
     with meter.watch(engine):
-        questions = work()
+        try:
+            questions = work()
+        except TimeoutError:
+            stopped, questions = True, int(sum(row["questions"] for row in meter.tasks.values()))
     seconds = time.perf_counter() - start
     reused = engine.scheduler.reused_tokens - reused
     prompt = reused + meter.computed
     return {
         "questions": questions,
         "seconds": round(seconds, 2),
+        "stopped_before_the_end": stopped,
         "prompt_tokens": prompt,  # and those that are written
         "computed_tokens": meter.computed,
         "prompt_tokens_per_s": round(prompt / seconds),
@@ -205,6 +220,7 @@ def measured(door: LocalDoor, work: Callable[[], int]) -> dict[str, Any]:
         "host_waited_s": round(meter.waited_s, 2),
         "host_busy_share": round(1 - meter.waited_s / seconds, 3),
         "process_cpu_s": round(time.process_time() - cpu, 1),
+        "thread_cpu_s": round(time.thread_time() - thread, 1),  # waiting may be counted in it
         "preempted": engine.scheduler.preempted - preempted,
         "runner": type(engine.runner).__name__,
         "kv_tokens": engine.capacity,
@@ -284,7 +300,7 @@ def mmlu(bench: Bench, name: str, weights: str, kv_dtype: str) -> dict[str, Any]
     door = bench.door(weights, kv_dtype)
     first = check(bench, door)
     run_tasks(door, [some_subjects(bench, 1)], bench.data, bench.work / f"{name} warm", Options())
-    figures = measured(door, lambda: asked(bench, door, name, "mmlu"))
+    figures = measured(bench, door, lambda: asked(bench, door, name, "mmlu"))
     return figures | {"check": first}
 
 
@@ -309,7 +325,7 @@ def without_tree(bench: Bench) -> dict[str, Any]:
     for name, share in (("with_tree", True), ("without_tree", False)):
         pages.share = share
         try:
-            found[name] = measured(door, lambda out=name: work(out))  # type: ignore[misc]
+            found[name] = measured(bench, door, lambda out=name: work(out))  # type: ignore[misc]
         finally:
             pages.share = True
     found["ratio"] = round(found["without_tree"]["seconds"] / found["with_tree"]["seconds"], 2)
@@ -333,11 +349,40 @@ def suite(bench: Bench) -> dict[str, Any]:
             plain = replace(all_tasks()["humaneval"], grade=lambda i, s: 0.0, sandboxed=False)
             tasks = [plain if name == "humaneval" else all_tasks()[name] for name in PUBLISHED]
             patches.enter_context(mock.patch("xverse.evals.evaluate.tasks_of", return_value=tasks))
-        found = measured(door, lambda: asked(bench, door, "mmlu-bf16", "published"))
+        found = measured(bench, door, lambda: asked(bench, door, "mmlu-bf16", "published"))
     before = bench.figures.get("mmlu-bf16", {}).get("seconds", 0.0)
     found["seconds_of_mmlu_before"] = before
     found["seconds_in_all"] = round(found["seconds"] + before, 2)
     return found | {"note": note}
+
+
+class Silent:
+    """A runner that answers at once: what is left is the host's work."""
+
+    def launch(self, chunks: Sequence[Chunk]) -> Flight:
+        """Every label has the same log-probability."""
+        read = [chunk.generation for chunk in chunks if chunk.complete]
+
+        def give() -> None:
+            for generation in read:
+                generation.labels = [-1.0] * len(generation.request.labels)
+
+        return Flight(chunks, [], list, labels=give)
+
+
+def host(bench: Bench) -> dict[str, Any]:
+    """Batches, steps and memory as they are on the H200, and nothing computed."""
+    options = {"step_tokens": GPU_STEP, "max_running": GPU_RUNNING, "kv_tokens": 245_232}
+    on = EngineOptions.on
+    with (
+        mock.patch.object(Engine, "_runner", lambda engine, kv: Silent()),
+        mock.patch.object(
+            EngineOptions, "on", lambda it, device: on(replace(it, **options), device)
+        ),
+    ):
+        door = LocalDoor(bench.llm("bf16", "auto"))
+    engine_of(door).overlap, door.batch = True, 512
+    return measured(bench, door, lambda: asked(bench, door, "host", "mmlu"))
 
 
 def run(bench: Bench, name: str) -> dict[str, Any]:
@@ -349,6 +394,7 @@ def run(bench: Bench, name: str) -> dict[str, Any]:
         "mmlu-fp8kv": lambda: mmlu(bench, name, "bf16", "fp8"),
         "mmlu-fp8": lambda: mmlu(bench, name, "fp8", "fp8"),
         "suite": lambda: suite(bench),
+        "host": lambda: host(bench),
     }
     found = kinds[name]()
     if name in TARGETS_S:
@@ -368,7 +414,8 @@ def pack(file: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The published benchmarks on one GPU.")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="of %(default)s")
+    parser.add_argument("--sections", default=",".join(ON_GPU), help="%(default)s; and host")
+    parser.add_argument("--most-s", type=float, default=500, help="of a section; it then stops")
     parser.add_argument("--data", type=Path, help="the archive; else $XVERSE_DATA")
     parser.add_argument("--pack", type=Path, help="write that archive, and do nothing else")
     parser.add_argument("--small", action="store_true", help="a tiny model on a CPU")
@@ -392,7 +439,7 @@ def main() -> None:
             with tarfile.open(args.data) as archive:
                 archive.extractall(place, filter="data")
             data = Path(place) / "eval"
-        device = torch.device("cpu" if args.small else "cuda")
+        device = torch.device("cpu" if args.small or args.sections == ["host"] else "cuda")
         bench = Bench(args, data, Path(place), device)
         bench.figures["model"] = f"{MODEL} shape, random weights, XVERSE's own tokenizer"
         for name in args.sections:
