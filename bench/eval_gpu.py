@@ -372,13 +372,10 @@ class Silent:
 
 def host(bench: Bench) -> dict[str, Any]:
     """Batches, steps and memory as they are on the H200, and nothing computed."""
-    options = {"step_tokens": GPU_STEP, "max_running": GPU_RUNNING, "kv_tokens": 245_232}
-    on = EngineOptions.on
+    options = EngineOptions(245_232, step_tokens=GPU_STEP, max_running=GPU_RUNNING)
     with (
-        mock.patch.object(Engine, "_runner", lambda engine, kv: Silent()),
-        mock.patch.object(
-            EngineOptions, "on", lambda it, device: on(replace(it, **options), device)
-        ),
+        mock.patch.object(Engine, "_runner", return_value=Silent()),
+        mock.patch.object(EngineOptions, "on", return_value=options),
     ):
         door = LocalDoor(bench.llm("bf16", "auto"))
     engine_of(door).overlap, door.batch = True, 512
