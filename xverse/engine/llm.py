@@ -27,7 +27,8 @@ from xverse.text.tools import ParsedReply, parse_tool_calls
 class LLM:
     """A language model ready to answer.
 
-    `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
+    `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own. It may
+    be a `Model` that is loaded, or made, already: it is taken as it is, and `LLM` joins its layers.
     `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
     many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
@@ -44,7 +45,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path | Model = DEFAULT_MODEL,
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -61,6 +62,9 @@ class LLM:
         adapter_bytes: int = 2**30,
     ) -> None:
         most = len(adapters or ()) if max_adapters is None else max_adapters
+        if isinstance(model, Model):
+            _require_open((dtype, device, tokenizer, tensor_parallel))
+            device = model.decoder.device.type
         options = EngineOptions(
             kv_tokens=kv_tokens,
             kv_dtype=kv_dtype,
@@ -77,7 +81,11 @@ class LLM:
         self.model: Model
         self.engine: Engine | SpreadEngine
         if tensor_parallel == 1:
-            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
+            self.model = (
+                model
+                if isinstance(model, Model)
+                else load(model, dtype=dtype, device=device, tokenizer=tokenizer)
+            )
             if quantize is not None:
                 quantize_decoder(self.model.decoder, quantize)
             prepare(fuse(self.model.decoder), blocks=not most)
@@ -100,6 +108,7 @@ class LLM:
                 "Leave tokenizer or tensor_parallel out.",
             )
         else:
+            assert not isinstance(model, Model), "`_require_open` has looked"
             self.model, self.engine = spread(
                 model,
                 tensor_parallel,
@@ -396,4 +405,14 @@ def _refuse_echo(sampling: Sampling | None) -> None:
             "A conversation cannot be echoed.",
             "Its answer is the next message, and not a text with a beginning.",
             "Leave echo out, or give what encode_chat returns to choices.",
+        )
+
+
+def _require_open(asked: tuple[str, str, str | Path | None, int]) -> None:
+    """XverseError where something is asked of a loaded model that was settled by its loading."""
+    if asked != ("auto", "auto", None, 1):
+        raise XverseError(
+            "dtype, device, tokenizer and tensor_parallel cannot be given with a loaded model.",
+            "They were settled when it was loaded.",
+            "Leave them out, or name the model's folder.",
         )
