@@ -11,6 +11,7 @@ from torch import nn
 import xverse.engine.llm as llm_module
 from tests.tiny_model import CANARY, write_published_folder
 from xverse import LLM, Sampling, XverseError
+from xverse.checkpoint.load import load
 from xverse.engine.simple import decode
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
@@ -42,6 +43,16 @@ def test_a_batch_gives_each_prompt_its_solo_answer(llm: LLM, sampling: Sampling)
     alone = [llm.generate(prompt, sampling) for prompt in PROMPTS]
     assert together == alone * 4
     assert len({answer.tokens for answer in alone}) == len(PROMPTS)
+
+
+def test_a_loaded_model_is_taken_as_it_is(folder: Path, llm: LLM) -> None:
+    model = load(folder, dtype="float32")
+    it = LLM(model)
+    assert it.model is model
+    assert it.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
+    for settled in ({"dtype": "bfloat16"}, {"device": "cpu"}, {"tensor_parallel": 2}):
+        with pytest.raises(XverseError, match="settled when it was loaded"):
+            LLM(model, **settled)  # type: ignore[arg-type]
 
 
 def test_in_bf16_too(folder: Path) -> None:

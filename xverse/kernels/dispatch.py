@@ -164,13 +164,15 @@ def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = 
 
 
 def score(device: torch.device) -> Choice:
-    """The function in the place of `reference_train.score_logits`."""
+    """The function in the place of `reference_train.score_logits`; it may overwrite the logits."""
     operation = "loss of a chunk of logits"
     why_not = _why_no_triton(device, torch.bfloat16)
     if why_not:
         return _plain(operation, reference_train.score_logits, device, why_not)
-    why = "each logit is read twice and written once"
-    return Choice(operation, "compiled by PyTorch", why, _compiled_score())
+    from xverse.kernels import score_triton
+
+    why = "each logit is read once and its gradient written once, in its place"
+    return Choice(operation, "Triton, a program a row", why, score_triton.score_logits)
 
 
 def adamw(device: torch.device) -> Choice:
@@ -519,11 +521,6 @@ def _why_no_links() -> str:
     pairs = ((one, other) for one in gpus for other in gpus if one != other)
     apart = next((p for p in pairs if not torch.cuda.can_device_access_peer(*p)), None)
     return "" if apart is None else f"GPU {apart[0]} cannot reach the memory of GPU {apart[1]}"
-
-
-@lru_cache(maxsize=1)
-def _compiled_score() -> Callable[..., Any]:
-    return torch.compile(reference_train.score_logits, dynamic=False)
 
 
 @lru_cache(maxsize=1)
