@@ -15,13 +15,14 @@ from xverse.kernels import (
     packed,
     reference,
     reference_experts,
+    reference_few_bits,
     reference_packed,
     reference_sample,
     reference_train,
 )
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
-from xverse.kernels.tiles import MOST_ROWS
+from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
@@ -52,10 +53,46 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
     return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
 
 
-def add_rows(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference.add_rows`, for steps of up to MOST_ROWS tokens."""
+def add_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
+    """The function in the place of `reference.add_rows`, for steps of `rows` tokens."""
     operation = "products onto the residual stream"
+    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
+        return Choice(operation, "cuBLAS, by the reference", why, reference.add_rows)
     return _product(operation, "add_rows", "residual and its squares", device, dtype)
+
+
+def multiply_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_few_bits.multiply_rows`, for up to FEW_BITS_ROWS
+    tokens; it holds memory of its own, one for each stream that runs steps."""
+    operation = "products of a decode step with quantized weights"
+    why_not = _why_no_few_bits(device, dtype)
+    if why_not:
+        return _plain(operation, reference_few_bits.multiply_rows, device, why_not)
+    from xverse.kernels import few_bits_rows_triton
+    from xverse.kernels.multiply_rows_triton import Scratch as Sums
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, int8, int4 and fp8 as they are stored, fused with norm, SwiGLU and residual"
+        + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {FEW_BITS_ROWS} tokens; above, weights are dequantized",
+        partial(few_bits_rows_triton.multiply_rows, scratch=Sums(), pdl=pdl),
+    )
+
+
+def embed_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_few_bits.embed_rows`."""
+    operation = "embedding of a decode step with quantized vectors"
+    why_not = _why_no_few_bits(device, dtype)
+    if why_not:
+        return _plain(operation, reference_few_bits.embed_rows, device, why_not)
+    from xverse.kernels import few_bits_rows_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    call = partial(few_bits_rows_triton.embed_rows, pdl=pdl)
+    return Choice(operation, "Triton, in one pass", f"{dtype} on CUDA", call)
 
 
 def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -325,6 +362,8 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         multiply_rows(device, dtype),
         add_rows(device, dtype),
         embed_rows(device, dtype),
+        multiply_few_bits(device, dtype),
+        embed_few_bits(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
         *(choose(device, dtype) for choose in attention),
@@ -427,6 +466,13 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = Fals
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is not among bfloat16 and float16"
     return ""
+
+
+def _why_no_few_bits(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton kernels of quantized weights do not serve here; empty where they do."""
+    if dtype == torch.float16:
+        return f"{dtype} is not bfloat16, whose bits are the upper half of a float's"
+    return _why_no_triton(device, dtype, fp8=True)
 
 
 def _why_no_links() -> str:

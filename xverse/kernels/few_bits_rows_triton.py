@@ -16,15 +16,15 @@ from xverse.kernels.multiply_rows_triton import Scratch, finish
 from xverse.kernels.multiply_triton import rounding, wait_for_input
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits
-from xverse.kernels.tiles import FewBitsRowsTile, choose_few_bits_rows_tile
-
-FEW_BITS_ROWS = 64  # tokens up to which these serve
+from xverse.kernels.tiles import FEW_BITS_ROWS, FewBitsRowsTile, choose_few_bits_rows_tile
 
 # Four bytes: their low halves and their high ones, less 8, as bf16. Bits below the exponent of 128
 # are whole numbers, and 136 is taken off again.
 _HALVES = tl.constexpr("""
 {
-    .reg .b32 low, high;
+    .reg .b32 low, high, one, less;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 less, 0xC308C308;
     and.b32 low, $4, 0x0F0F0F0F;
     shr.u32 high, $4, 4;
     and.b32 high, high, 0x0F0F0F0F;
@@ -32,16 +32,16 @@ _HALVES = tl.constexpr("""
     prmt.b32 $1, low, 0x43434343, 0x4342;
     prmt.b32 $2, high, 0x43434343, 0x4140;
     prmt.b32 $3, high, 0x43434343, 0x4342;
-    sub.rn.bf16x2 $0, $0, 0x43084308;
-    sub.rn.bf16x2 $1, $1, 0x43084308;
-    sub.rn.bf16x2 $2, $2, 0x43084308;
-    sub.rn.bf16x2 $3, $3, 0x43084308;
+    fma.rn.bf16x2 $0, $0, one, less;
+    fma.rn.bf16x2 $1, $1, one, less;
+    fma.rn.bf16x2 $2, $2, one, less;
+    fma.rn.bf16x2 $3, $3, one, less;
 }
 """)
 
 
 @triton.jit
-def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
+def _halves(packed, ASM: tl.constexpr):
     """The even and the odd columns of bytes of two."""
     if ASM:
         return tl.inline_asm_elementwise(
@@ -49,9 +49,22 @@ def _halves(packed, dtype: tl.constexpr, ASM: tl.constexpr):
             dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        even = (packed & 15).to(tl.int8) - 8
-        odd = (packed >> 4).to(tl.int8) - 8
-        return even.to(dtype), odd.to(dtype)
+        return (packed & 15).to(tl.int8) - 8, (packed >> 4).to(tl.int8) - 8
+
+
+@triton.jit
+def _numbers(steps, zero, dtype: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
+    """steps - zero, which all 16 bit floats have exactly."""
+    if ASM:
+        steps = steps.to(dtype)
+        if ZEROS:
+            steps -= zero.to(dtype)[:, None]
+        return steps
+    else:  # the interpreter computes with bf16 by way of fp32 alone
+        steps = steps.to(tl.float32)
+        if ZEROS:
+            steps -= zero.to(tl.float32)[:, None]
+        return steps.to(dtype)
 
 
 @triton.jit
@@ -128,16 +141,13 @@ def _product(
     """(steps - zero) @ x.T of one chunk, in fp32."""
     dtype: tl.constexpr = x.dtype
     if BITS == 4:
-        even, odd = _halves(packed, dtype, ASM)
-        if ZEROS:
-            even -= zero.to(dtype)[:, None]
-            odd -= zero.to(dtype)[:, None]
+        even, odd = _halves(packed, ASM)
+        even = _numbers(even, zero, dtype, ZEROS, ASM)
+        odd = _numbers(odd, zero, dtype, ZEROS, ASM)
         sums = tl.dot(even, tl.trans(x), input_precision="ieee")
         return tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
     else:
-        steps = packed.to(dtype)
-        if ZEROS:
-            steps -= zero.to(dtype)[:, None]
+        steps = _numbers(packed, zero, dtype, ZEROS, ASM)
         return tl.dot(steps, tl.trans(x), input_precision="ieee")
 
 
@@ -251,7 +261,7 @@ def some_rows(
     elif norm is not None:
         _, x_TD = add_norm(x_TD, None, norm, pdl=pdl)
     group = weight.group or (0 if zero is None else inputs)
-    tile = tile or choose_few_bits_rows_tile(tokens, outputs, inputs, group, weight.bits)
+    tile = tile or choose_few_bits_rows_tile(tokens, outputs, inputs, group, gated=gated)
     assert group % tile.inputs == 0, "a chunk has one scale"
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     tiles = triton.cdiv(outputs, tile.outputs)

@@ -294,7 +294,7 @@ def one_row(
     assert packed.numel() < 2**31, "offsets are 32 bits wide"
     y_TN = x_TD.new_empty(1, outputs)
     words_ND = packed.view(torch.int32)
-    tile = tile or choose_words_tile(outputs, words_ND.shape[1], weight.bits, gated=gated)
+    tile = tile or choose_words_tile(outputs, words_ND.shape[1], gated=gated)
     weight_D, eps = (x_TD, 0.0) if norm is None else (norm.weight_D, norm.eps)
     _one_row[(triton.cdiv(outputs, tile.outputs * tile.tiles),)](
         x_TD.view(torch.int64), weight_D.view(torch.int64), words_ND, scale, zero,

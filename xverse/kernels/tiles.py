@@ -4,6 +4,7 @@ from math import gcd
 from typing import NamedTuple
 
 MOST_ROWS = 32  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
+FEW_BITS_ROWS = 64  # likewise where weights are quantized: cuBLAS would need them dequantized
 NORM_ON_LOAD = 0  # tokens up to which a product normalizes its input itself, by ready squares
 
 
@@ -72,7 +73,7 @@ def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
     return Tile(outputs=4, inputs=2048)
 
 
-def choose_words_tile(outputs: int, words: int, bits: int, *, gated: bool) -> WordsTile:
+def choose_words_tile(outputs: int, words: int, *, gated: bool) -> WordsTile:
     """The cut of one token's product with few bits (`bench/quant_decode_gpu.py`); `outputs` as they
     come out, `words` of 32 bits a row."""
     block = 512 if words % 512 == 0 else 256 if words % 256 == 0 else 128
@@ -100,12 +101,12 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
 
 
 def choose_few_bits_rows_tile(
-    tokens: int, outputs: int, inputs: int, group: int, bits: int
+    tokens: int, outputs: int, inputs: int, group: int, *, gated: bool
 ) -> FewBitsRowsTile:
     """The cut of 2 to 64 tokens with few bits (`bench/quant_decode_gpu.py`); a chunk of inputs has
-    one scale a row."""
+    one scale a row. Two sides of 128 outputs and 64 tokens are too much for the registers."""
     chunk = gcd(group, 128) if group else 128
-    wide = 128 if tokens > 32 and outputs >= 132 * 128 else 64
+    wide = 128 if tokens > 32 and outputs >= 132 * 128 and not gated else 64
     splits = min(4, max(1, 264 * 64 // outputs)) if inputs >= 1024 else 1
     return FewBitsRowsTile(wide, chunk, stages=4, warps=4, splits=splits)
 
