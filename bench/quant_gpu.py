@@ -40,7 +40,8 @@ from xverse.engine.paged import Paged
 from xverse.engine.request import Request, Sampling, Token
 from xverse.kernels import dispatch, multiply_rounded, reference_steps
 from xverse.kernels.reference import Norm
-from xverse.kernels.reference_steps import Steps, dequantize, pack_nibbles
+from xverse.kernels.reference_few_bits import FewBits
+from xverse.kernels.reference_steps import dequantize, pack_nibbles
 from xverse.model.catalog import CATALOG
 from xverse.model.decoder import Decoder
 from xverse.model.fresh import random_decoder
@@ -110,19 +111,19 @@ class Place:
 
 def random_steps(
     kind: str, group: int | None, outputs: int, inputs: int, place: Place, *, zero: bool = False
-) -> Steps:
+) -> FewBits:
     """A quantized weight of numbers with a standard deviation of about 0.02."""
     device = place.device
-    size = (outputs,) if group is None else (outputs, inputs // group)
+    size = (outputs, inputs // group) if group else (outputs,)
     step = {"int4": 0.0043, "int8": 0.00027, "fp8": 0.0003}[kind]
     scale = (step * (0.5 + torch.rand(size, device=device))).to(place.dtype)
     if kind == "fp8":
         wide = 64 * torch.randn(outputs, inputs, device=device, dtype=place.dtype)
-        return Steps(wide.to(torch.float8_e4m3fn), scale)
+        return FewBits(wide.to(torch.float8_e4m3fn), scale)
     largest = 8 if kind == "int4" else 128
     drawn = torch.randint(-largest, largest, (outputs, inputs), dtype=torch.int8, device=device)
     shift = torch.randint(-3, 4, size, dtype=torch.int8, device=device) if zero else None
-    return Steps(pack_nibbles(drawn) if kind == "int4" else drawn, scale, shift)
+    return FewBits(pack_nibbles(drawn) if kind == "int4" else drawn, scale, shift)
 
 
 def random_model(shape: ModelShape, recipe: Recipe | None, place: Place) -> Decoder:
@@ -139,7 +140,7 @@ def random_model(shape: ModelShape, recipe: Recipe | None, place: Place) -> Deco
     decoder = decoder.to_empty(device=place.device)
     for module in decoder.modules():
         if isinstance(module, QuantizedLinear):
-            steps = module.steps()
+            steps = module.few_bits()
             kind, group, outputs, inputs = steps.form
             made = random_steps(kind, group, outputs, inputs, place)
             module.weight, module.scale = made.weight, made.scale
@@ -232,8 +233,8 @@ def check_rounded(place: Place, outputs: int, inputs: int) -> Figures:
     return found
 
 
-def exact_of(steps: Steps) -> Tensor:
-    return dequantize(Steps(steps.weight, steps.scale.float(), steps.zero)).double()
+def exact_of(steps: FewBits) -> Tensor:
+    return dequantize(FewBits(steps.weight, steps.scale.float(), steps.zero)).double()
 
 
 def distance(fast: Tensor, exact: Tensor) -> float:

@@ -10,6 +10,7 @@ from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.paged import Paged
 from xverse.kernels import dispatch, reference_steps
 from xverse.kernels.multiply_rounded import LEAST_ROWS
+from xverse.kernels.reference_few_bits import FewBits
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
 from xverse.model.fuse import fuse
@@ -45,7 +46,7 @@ def in_8_bits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As on a GPU, by the twins; the numbers of rows of products that were made so."""
     made: list[int] = []
 
-    def multiply(x: reference_steps.RoundedRows, steps: reference_steps.Steps) -> torch.Tensor:
+    def multiply(x: reference_steps.RoundedRows, steps: FewBits) -> torch.Tensor:
         made.append(len(x.values))
         return reference_steps.multiply_rounded(x, steps)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from xverse.kernels import dispatch, multiply_rounded, reference_steps
 from xverse.kernels.reference import Norm
-from xverse.kernels.reference_steps import Form, RoundedRows, Steps, dequantize, pack_nibbles
+from xverse.kernels.reference_few_bits import FewBits, Form
+from xverse.kernels.reference_steps import RoundedRows, dequantize, pack_nibbles
 
 CUDA = torch.device("cuda")
 FORMS = [
@@ -34,17 +35,17 @@ def seeded(*size: int, seed: int = 0) -> Tensor:
 
 def weight_of(
     kind: str, group: int | None, outputs: int, inputs: int, *, zero: bool, dtype: torch.dtype
-) -> Steps:
+) -> FewBits:
     numbers = torch.Generator().manual_seed(outputs + inputs)
     largest = 8 if kind == "int4" else 128
     size = (outputs,) if group is None else (outputs, inputs // group)
     scale = (seeded(*size).abs() / largest / 8 + 0.001).to(dtype)
     if kind == "fp8":
-        return Steps((100 * seeded(outputs, inputs)).to(torch.float8_e4m3fn), scale)
+        return FewBits((100 * seeded(outputs, inputs)).to(torch.float8_e4m3fn), scale)
     drawn = torch.randint(-largest, largest, (outputs, inputs), generator=numbers).to(torch.int8)
     shift = torch.randint(-largest, largest, size, generator=numbers).to(torch.int8)
     steps = pack_nibbles(drawn) if kind == "int4" else drawn
-    return Steps(steps, scale, shift if zero else None)
+    return FewBits(steps, scale, shift if zero else None)
 
 
 def close(fast: Tensor, twin: Tensor) -> bool:
@@ -189,7 +190,7 @@ def chosen(rows: int, form: Form, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 def test_the_number_of_rows_chooses(gpu: pytest.MonkeyPatch) -> None:
-    int4, fp8 = Form("int4", 128, 4096, 4096), Form("fp8", None, 4096, 4096)
+    int4, fp8 = Form("int4", 128, 4096, 4096), Form("fp8", 0, 4096, 4096)
     few, many = dispatch.TILE_ROWS, dispatch.ROWS_APART
     assert "widened in registers" in chosen(few, int4)
     assert "then cuBLAS" in chosen(many, int4)
@@ -200,11 +201,11 @@ def test_the_number_of_rows_chooses(gpu: pytest.MonkeyPatch) -> None:
 def test_what_a_kernel_cannot_do_goes_another_way_and_says_why(gpu: pytest.MonkeyPatch) -> None:
     assert "groups of 24" in chosen(8, Form("int4", 24, 4096, 96))
     assert "then cuBLAS" in chosen(8, Form("int4", 24, 4096, 96))
-    odd = Form("fp8", None, 4097, 4096)
+    odd = Form("fp8", 0, 4097, 4096)
     assert "then cuBLAS" in chosen(dispatch.ROWS_APART, odd)
     assert "4097" in dispatch.why_not_rounded(CUDA, torch.bfloat16, odd)
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert "first with FP8" in dispatch.why_not_rounded(
-        CUDA, torch.bfloat16, Form("fp8", None, 64, 64)
+        CUDA, torch.bfloat16, Form("fp8", 0, 64, 64)
     )
     assert "the reference" in chosen(8, Form("int8", 128, 64, 128), torch.float32)

@@ -1,10 +1,11 @@
 """X -> X + F(X). The residual stream of a decode step, and the products that read and feed it.
 
-Up to 64 rows a product is a matter of memory: our kernels stream the weights, and what stands
-around a product happens inside it. Beyond, it is a matter of arithmetic: cuBLAS multiplies, and the
-sum and its norm, and SwiGLU, are one pass over memory each.
+Up to 32 rows a product is a matter of memory (up to 64 with quantized weights): our kernels stream
+the weights, and what stands around a product happens inside it. Beyond, it is a matter of
+arithmetic: cuBLAS multiplies, and the sum and its norm, and SwiGLU, are one pass over memory each.
 """
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,8 +14,13 @@ from torch.nn import functional
 
 from xverse.kernels import dispatch
 from xverse.kernels.reference import Norm
-from xverse.kernels.tiles import MOST_ROWS
+from xverse.kernels.reference_few_bits import FewBits
+from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
+from xverse.model.decoder import Decoder
 from xverse.parallel.tensor import Reduce
+from xverse.quant.linear import QuantizedLinear
+
+Matrix = Tensor | QuantizedLinear  # [N, D]; as a layer it has its own bias
 
 
 class Residual(NamedTuple):
@@ -31,14 +37,14 @@ class Residual(NamedTuple):
 class Products(Protocol):
     """The three ways in which a decode step uses a matrix."""
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Residual:
+    def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         """The stream's beginning."""
 
     def read(
         self,
         stream: Residual,
         norm: Norm,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None = None,
         *,
         gated: bool = False,
@@ -48,7 +54,7 @@ class Products(Protocol):
     def add(
         self,
         x_TD: Tensor,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None,
         stream: Residual,
         reduce: Reduce | None = None,
@@ -57,43 +63,51 @@ class Products(Protocol):
 
 
 class FewRows:
-    """Products of 1 to 64 rows."""
+    """Products of 1 to 64 rows; `quantized`: some of the weights are."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, rows: int, *, quantized: bool = False
+    ) -> None:
         self.embed_rows = dispatch.embed_rows(device, dtype).call
         self.multiply = dispatch.multiply_rows(device, dtype, rows).call
-        self.add_rows = dispatch.add_rows(device, dtype).call
+        self.add_rows = dispatch.add_rows(device, dtype, rows).call
+        if quantized:
+            self.embed_few_bits = dispatch.embed_few_bits(device, dtype).call
+            self.multiply_few_bits = dispatch.multiply_few_bits(device, dtype).call
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Residual:
+    def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
+        if isinstance(table_VD, QuantizedLinear):
+            return Residual(self.embed_few_bits(ids_T, few_bits(table_VD)))
         return Residual(*self.embed_rows(ids_T, table_VD))
 
     def read(
         self,
         stream: Residual,
         norm: Norm,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None = None,
         *,
         gated: bool = False,
     ) -> tuple[Tensor, Residual]:
-        y_TN = self.multiply(
-            stream.x_TD,
-            weight_ND,
-            norm=norm,
-            squares_TP=stream.squares_TP,
-            bias_N=bias_N,
-            gated=gated,
-        )
+        around = {"norm": norm, "bias_N": bias_N, "gated": gated}
+        if isinstance(weight_ND, QuantizedLinear):
+            return self.multiply_few_bits(stream.x_TD, few_bits(weight_ND), **around), stream
+        y_TN = self.multiply(stream.x_TD, weight_ND, squares_TP=stream.squares_TP, **around)
         return y_TN, stream
 
     def add(
         self,
         x_TD: Tensor,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None,
         stream: Residual,
         reduce: Reduce | None = None,
     ) -> Residual:
+        if isinstance(weight_ND, QuantizedLinear):
+            multiply = partial(self.multiply_few_bits, x_TD, few_bits(weight_ND), bias_N=bias_N)
+            if reduce is not None:
+                return Residual(reduce(multiply(), stream.x_TD))
+            return Residual(multiply(residual_TN=stream.x_TD))
         if reduce is not None:  # whose kernel adds the stream, and leaves no sums of squares
             return Residual(reduce(self.multiply(x_TD, weight_ND, bias_N=bias_N), stream.x_TD))
         return Residual(*self.add_rows(x_TD, weight_ND, stream.x_TD, bias_N=bias_N))
@@ -106,14 +120,16 @@ class ManyRows:
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu_joined = dispatch.swiglu_joined(device, dtype).call
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Residual:
+    def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
+        if isinstance(table_VD, QuantizedLinear):
+            return Residual(table_VD(ids_T))
         return Residual(functional.embedding(ids_T, table_VD))
 
     def read(
         self,
         stream: Residual,
         norm: Norm,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None = None,
         *,
         gated: bool = False,
@@ -122,21 +138,37 @@ class ManyRows:
             sum_TD, normed_TD = self.add_norm(stream.x_TD, None, norm)
         else:
             sum_TD, normed_TD = self.add_norm(stream.more_TD, stream.x_TD, norm)
-        y_TN = functional.linear(normed_TD, weight_ND, bias_N)
+        y_TN = _linear(normed_TD, weight_ND, bias_N)
         return self.swiglu_joined(y_TN) if gated else y_TN, Residual(sum_TD)
 
     def add(
         self,
         x_TD: Tensor,
-        weight_ND: Tensor,
+        weight_ND: Matrix,
         bias_N: Tensor | None,
         stream: Residual,
         reduce: Reduce | None = None,
     ) -> Residual:
-        y_TD = functional.linear(x_TD, weight_ND, bias_N)
+        y_TD = _linear(x_TD, weight_ND, bias_N)
         return Residual(stream.x_TD, more_TD=y_TD if reduce is None else reduce(y_TD))
 
 
-def products(device: torch.device, dtype: torch.dtype, rows: int) -> Products:
+def _linear(x_TD: Tensor, weight_ND: Matrix, bias_N: Tensor | None) -> Tensor:
+    if isinstance(weight_ND, QuantizedLinear):
+        y_TN: Tensor = weight_ND(x_TD)
+        return y_TN
+    return functional.linear(x_TD, weight_ND, bias_N)
+
+
+def few_bits(layer: QuantizedLinear) -> FewBits:
+    """The weights of a layer as the kernels take them."""
+    return FewBits(layer.weight, layer.scale, layer.zero)
+
+
+def products(decoder: Decoder, rows: int) -> Products:
     """The products of steps of so many rows."""
-    return FewRows(device, dtype, rows) if rows <= MOST_ROWS else ManyRows(device, dtype)
+    device, dtype = decoder.device, decoder.dtype
+    quantized = any(isinstance(module, QuantizedLinear) for module in decoder.modules())
+    if rows <= (FEW_BITS_ROWS if quantized else MOST_ROWS):
+        return FewRows(device, dtype, rows, quantized=quantized)
+    return ManyRows(device, dtype)

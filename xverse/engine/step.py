@@ -9,14 +9,13 @@ plain reference.
 """
 
 from collections.abc import Callable, Sequence
-from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
-from xverse.engine.residual import Residual, products
+from xverse.engine.residual import Matrix, Residual, few_bits, products
 from xverse.errors import XverseError
-from xverse.kernels import dispatch, reference
+from xverse.kernels import dispatch, reference, reference_few_bits
 from xverse.kernels.reference import Norm, Scales
 from xverse.kernels.reference_experts import Mixture
 from xverse.model.decoder import Block, Decoder
@@ -25,6 +24,8 @@ from xverse.model.feedforward import MixtureOfExperts
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear, StackedLinear
 from xverse.parallel.tensor import Gathered, Reduced
+from xverse.quant.embedding import QuantizedEmbedding
+from xverse.quant.linear import QuantizedLinear
 
 
 class DecodeStep:
@@ -56,7 +57,8 @@ class DecodeStep:
         tokens, device, dtype = len(pages), decoder.device, decoder.dtype
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.products = products(device, dtype, tokens)
+        self.products = products(decoder, tokens)
+        self.table_VD, self.head_VD = _ends(decoder, tokens)
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         self.attend = dispatch.rotate_store_attend(
@@ -77,7 +79,7 @@ class DecodeStep:
     def __call__(self) -> Tensor:
         """Logits [T, V] of `ids` at `positions`; their keys and values are kept."""
         stack = self.decoder.model
-        stream = self.products.embed(self.ids, stack.embed_tokens.weight)
+        stream = self.products.embed(self.ids, self.table_VD)
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
             stream = self._block(layer, block, stream)
@@ -85,18 +87,16 @@ class DecodeStep:
 
     def _logits(self, stream: Residual) -> Tensor:
         decoder, head = self.decoder, self.decoder.lm_head
-        own = decoder.model.embed_tokens if head is None else _own(head)
-        wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
-        weight_VD = own.weight if wide_VD is None or len(self.ids) == 1 else wide_VD
-        logits, _ = self.products.read(stream, decoder.model.norm.spec, weight_VD)
-        logits = logits[:, : len(own.weight)]
-        return head.gather(logits.contiguous()) if isinstance(head, Gathered) else logits
+        logits, _ = self.products.read(stream, decoder.model.norm.spec, self.head_VD)
+        if isinstance(head, Gathered):
+            return head.gather(logits[:, : _own(head).weight.shape[0]].contiguous())
+        return logits[:, : decoder.shape.vocab_size]
 
     def _block(self, layer: int, block: Block, stream: Residual) -> Residual:
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, FusedAttention)
         project, norm = attention.qkv_proj, block.input_layernorm.spec
-        qkv, stream = self.products.read(stream, norm, project.weight, project.bias)
+        qkv, stream = self.products.read(stream, norm, _matrix(project), project.bias)
         mixed = self.attend(
             qkv,
             self.cos_SE,
@@ -115,20 +115,23 @@ class DecodeStep:
             return Residual(self._experts(mlp, x_TD, norm))
         assert isinstance(mlp, FusedFeedForward)
         project = mlp.gate_up_proj
-        inner, stream = self.products.read(stream, norm, project.weight, project.bias, gated=True)
+        inner, stream = self.products.read(stream, norm, _matrix(project), project.bias, gated=True)
         return self._add(mlp.down_proj, inner, stream)
 
     def _add(self, linear: nn.Module, x_TD: Tensor, stream: Residual) -> Residual:
         """The stream and what a layer adds to it, over all ranks where it is spread over some."""
         own, reduce = _own(linear), linear.reduce if isinstance(linear, Reduced) else None
-        return self.products.add(x_TD, own.weight, own.bias, stream, reduce)
+        return self.products.add(x_TD, _matrix(own), own.bias, stream, reduce)
 
     def _experts(self, mlp: MixtureOfExperts, x_TD: Tensor, norm: Norm) -> Tensor:
         shared = mlp.shared_experts
         gate_up_ND, down_DF = None, None
         if shared is not None:
             assert isinstance(shared, FusedFeedForward)
-            gate_up_ND, down_DF = shared.gate_up_proj.weight, _own(shared.down_proj).weight
+            gate_up, down = _matrix(shared.gate_up_proj), _matrix(_own(shared.down_proj))
+            assert isinstance(gate_up, Tensor), "`unfit` has looked"
+            assert isinstance(down, Tensor), "`unfit` has looked"
+            gate_up_ND, down_DF = gate_up, down
         stacks = mlp.experts.stacks()
         return self.mix(
             x_TD, Mixture(mlp.router.weight, stacks, gate_up_ND, down_DF, mlp.top_k), norm
@@ -167,33 +170,51 @@ class DecodeStep:
         return replay
 
 
-QUANTIZED = "Its weights are quantized, and the fused step reads them as they are."
-
-
 def unfit(decoder: Decoder) -> str:
     """Why a decoder has no fused step; empty where it has one."""
     scaling = decoder.shape.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         return "Its rotary frequencies change with the length of the sequence."
-    head = None if decoder.lm_head is None else _part(decoder.lm_head)
-    if type(decoder.model.embed_tokens) is not Embedding or type(head) not in (Linear, NoneType):
-        return QUANTIZED
+    linears = [decoder.model.embed_tokens]
+    if decoder.lm_head is not None:
+        linears.append(decoder.lm_head)
     for block in decoder.model.layers:
         attention, mlp = block.self_attn, block.mlp
         if isinstance(mlp, Reduced):
             return "Its experts are spread over devices, and the fused mixture is that of one."
-        linears = [*mlp.experts.children()] if isinstance(mlp, MixtureOfExperts) else []
+        if isinstance(mlp, MixtureOfExperts):
+            linears += [*mlp.experts.children()]
         dense = mlp.shared_experts if isinstance(mlp, MixtureOfExperts) else mlp
         if isinstance(dense, FusedFeedForward):
             linears += [dense.gate_up_proj, dense.down_proj]
+            if isinstance(mlp, MixtureOfExperts) and _is_quantized(linears[-2:]):
+                return OF_EXPERTS
         elif dense is not None:
             return "Its projections are apart; `fuse` joins them."
         if not isinstance(attention, FusedAttention):
             return "Its projections are apart; `fuse` joins them."
         linears += [attention.qkv_proj, attention.o_proj]
-        if not all(type(linear) in (Linear, StackedLinear) for linear in map(_part, linears)):
-            return QUANTIZED
-    return ""
+    return next(filter(None, (_unread(_part(linear)) for linear in linears)), "")
+
+
+OF_EXPERTS = "Its experts are quantized, and the fused mixture reads them as they are."
+
+
+def _unread(layer: nn.Module) -> str:
+    """Why the step does not read a layer's weights; empty where it does."""
+    if not isinstance(layer, QuantizedLinear):
+        known = type(layer) in (Linear, StackedLinear, Embedding)
+        return "" if known else f"The fused step has no {type(layer).__name__}."
+    if layer.weight.dim() != 2:
+        return OF_EXPERTS
+    if layer.order is not None:
+        return "The columns of its quantized weights are sorted (GPTQ's desc_act)."
+    why_not = reference_few_bits.why_not(few_bits(layer))
+    return f"Of a quantized layer {why_not}." if why_not else ""
+
+
+def _is_quantized(layers: Sequence[nn.Module]) -> bool:
+    return any(isinstance(_part(layer), QuantizedLinear) for layer in layers)
 
 
 def _part(module: nn.Module) -> nn.Module:
@@ -201,7 +222,30 @@ def _part(module: nn.Module) -> nn.Module:
     return module.part if isinstance(module, Reduced | Gathered) else module
 
 
-def _own(module: nn.Module) -> Linear:
+def _own(module: nn.Module) -> Linear | QuantizedLinear:
     part = _part(module)
-    assert isinstance(part, Linear), "`unfit` has looked"
+    assert isinstance(part, Linear | QuantizedLinear), "`unfit` has looked"
     return part
+
+
+def _matrix(layer: nn.Module) -> Matrix:
+    if isinstance(layer, QuantizedLinear):
+        return layer
+    assert isinstance(layer, Linear | Embedding), "`unfit` has looked"
+    return layer.weight
+
+
+def _ends(decoder: Decoder, rows: int) -> tuple[Matrix, Matrix]:
+    """The table of token vectors, and the head; this rank's part of it where it is one of several.
+
+    The head in the form with more rows, if there is one, where products of so many rows like it.
+    """
+    table, head = decoder.model.embed_tokens, decoder.lm_head
+    wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
+    if wide_VD is not None and rows > 1:
+        return _matrix(table), wide_VD
+    if head is not None:
+        return _matrix(table), _matrix(_own(head))
+    if isinstance(table, QuantizedEmbedding):
+        return table, table.as_linear()
+    return table.weight, table.weight

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xverse.kernels.reference_steps import Steps
+from xverse.kernels.reference_few_bits import FewBits
 
 NUMBERS = 2**24  # widened at a time: 32 MiB, of the 50 to 60 that the cache of an H100 or H200 has
 AT_ONCE = 4096  # rows of x; 8,191 tokens of 7B in bf16 take an H200 175 ms so, and 188 in one piece
@@ -19,7 +19,7 @@ EVEN = 128  # outputs are computed in multiples of it
 
 @triton.jit
 def integers(packed, NIBBLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Steps [ROWS, COLUMNS] in fp32, of int8 or of uint8 [ROWS, COLUMNS / 2].
+    """FewBits [ROWS, COLUMNS] in fp32, of int8 or of uint8 [ROWS, COLUMNS / 2].
 
     By their bits, in place of conversions, of which a multiprocessor does 16 a clock: 2 ** 23 + n
     has n in its last places.
@@ -67,7 +67,7 @@ def _dequantize(
     tl.store(out_ptr + row[:, None] * COLUMNS + column[None, :], wide, inside)
 
 
-def dequantize(steps: Steps, out_ND: Tensor | None = None) -> Tensor:
+def dequantize(steps: FewBits, out_ND: Tensor | None = None) -> Tensor:
     """(q - zero) * scale, [N, D] in the dtype of `out`, or else of the scales.
 
     Twin: `reference_steps.dequantize`. Everything contiguous; any even number of columns.
@@ -91,7 +91,7 @@ def dequantize(steps: Steps, out_ND: Tensor | None = None) -> Tensor:
     return out_ND
 
 
-def multiply_widened(x_TD: Tensor, steps: Steps) -> Tensor:
+def multiply_widened(x_TD: Tensor, steps: FewBits) -> Tensor:
     """x @ w.T, [T, N] in x's dtype, of any number of rows. Twin: `reference_steps.multiply_steps`.
 
     Weights are rounded to x's dtype, scales taken in. The memory that they are widened into comes

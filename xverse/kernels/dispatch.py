@@ -16,6 +16,7 @@ from xverse.kernels import (
     packed,
     reference,
     reference_experts,
+    reference_few_bits,
     reference_packed,
     reference_sample,
     reference_steps,
@@ -24,8 +25,8 @@ from xverse.kernels import (
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
 from xverse.kernels.multiply_rounded import LEAST_ROWS
-from xverse.kernels.reference_steps import Form
-from xverse.kernels.tiles import MOST_ROWS
+from xverse.kernels.reference_few_bits import FewBits, Form
+from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.log import warn_once
 
 TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
@@ -61,10 +62,46 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
     return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
 
 
-def add_rows(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference.add_rows`, for steps of up to MOST_ROWS tokens."""
+def add_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
+    """The function in the place of `reference.add_rows`, for steps of `rows` tokens."""
     operation = "products onto the residual stream"
+    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
+        return Choice(operation, "cuBLAS, by the reference", why, reference.add_rows)
     return _product(operation, "add_rows", "residual and its squares", device, dtype)
+
+
+def multiply_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_few_bits.multiply_rows`, for up to FEW_BITS_ROWS
+    tokens; it holds memory of its own, one for each stream that runs steps."""
+    operation = "products of a decode step with quantized weights"
+    why_not = _why_no_few_bits(device, dtype)
+    if why_not:
+        return _plain(operation, reference_few_bits.multiply_rows, device, why_not)
+    from xverse.kernels import few_bits_rows_triton
+    from xverse.kernels.multiply_rows_triton import Scratch as Sums
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, int8, int4 and fp8 as they are stored, fused with norm, SwiGLU and residual"
+        + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {FEW_BITS_ROWS} tokens; above, weights are dequantized",
+        partial(few_bits_rows_triton.multiply_rows, scratch=Sums(), pdl=pdl),
+    )
+
+
+def embed_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_few_bits.embed_rows`."""
+    operation = "embedding of a decode step with quantized vectors"
+    why_not = _why_no_few_bits(device, dtype)
+    if why_not:
+        return _plain(operation, reference_few_bits.embed_rows, device, why_not)
+    from xverse.kernels import few_bits_rows_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    call = partial(few_bits_rows_triton.embed_rows, pdl=pdl)
+    return Choice(operation, "Triton, in one pass", f"{dtype} on CUDA", call)
 
 
 def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -311,10 +348,10 @@ def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str
     return why_not or _why_no_triton(device, dtype, fp8=True) or multiply_rounded.why_not(form)
 
 
-def _multiply_rounding(x_TD: torch.Tensor, steps: reference_steps.Steps) -> torch.Tensor:
+def _multiply_rounding(x_TD: torch.Tensor, weight: FewBits) -> torch.Tensor:
     from xverse.kernels import round_triton
 
-    return multiply_rounded.multiply_rounded(round_triton.round_rows(x_TD), steps)
+    return multiply_rounded.multiply_rounded(round_triton.round_rows(x_TD), weight)
 
 
 def add_norm_rounded(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -385,6 +422,8 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         multiply_rows(device, dtype),
         add_rows(device, dtype),
         embed_rows(device, dtype),
+        multiply_few_bits(device, dtype),
+        embed_few_bits(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
         *(choose(device, dtype) for choose in attention),
@@ -398,7 +437,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         mixture_rows(device, dtype),
         mix_experts(device, dtype),
         *(
-            multiply_steps(device, dtype, rows, Form(kind, None, 16, 16))
+            multiply_steps(device, dtype, rows, Form(kind, 0, 16, 16))
             for kind in ("int4", "int8", "fp8")
             for rows in (1, ROWS_APART)
         ),
@@ -511,6 +550,13 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = Fals
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is not among bfloat16 and float16"
     return ""
+
+
+def _why_no_few_bits(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton kernels of quantized weights do not serve here; empty where they do."""
+    if dtype == torch.float16:
+        return f"{dtype} is not bfloat16, whose bits are the upper half of a float's"
+    return _why_no_triton(device, dtype, fp8=True)
 
 
 def _why_no_links() -> str:

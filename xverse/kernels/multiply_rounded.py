@@ -7,14 +7,15 @@ the weights is what takes the time, and x may stay as it is.
 import torch
 from torch import Tensor
 
-from xverse.kernels.reference_steps import Form, RoundedRows, Steps
+from xverse.kernels.reference_few_bits import FewBits, Form
+from xverse.kernels.reference_steps import RoundedRows
 
 # Below, a product is bound by reading weights, which 8 bits already halve, and x need not be
 # rounded: on an H200 1,320 TFLOP/s and 4.3 TB/s meet at 154 rows.
 LEAST_ROWS = 256
 
 
-def multiply_rounded(x: RoundedRows, steps: Steps) -> Tensor:
+def multiply_rounded(x: RoundedRows, steps: FewBits) -> Tensor:
     """x @ w.T, [T, N] in the dtype of w's scales, by cuBLAS. Twin:
     `reference_steps.multiply_rounded`.
 

@@ -125,6 +125,45 @@ def _finish(
         tl.store(at, tl.sum(kept * kept, 0), token < tokens)
 
 
+@triton.jit
+def finish(
+    sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, sums_ptr, arrived_ptr,
+    tokens, outputs,
+    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """What follows the sums of program (tile of outputs, split): the last of the splits to arrive
+    adds all of them, in order."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    if SPLITS == 1:
+        _finish(
+            sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs, tile,
+            BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
+        )  # fmt: skip
+    else:
+        size: tl.constexpr = BLOCK_N * ROWS
+        halves: tl.constexpr = 2 if GATED else 1
+        within = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        lead = sums_ptr + tile * (SPLITS * halves * size) + within
+        tl.store(lead + split * (halves * size), sums)
+        if GATED:
+            tl.store(lead + split * (halves * size) + size, sums_up)
+        tl.debug_barrier()  # all of the program's stores, before the one that announces them
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
+            sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for other in tl.static_range(SPLITS):  # past the first-level cache, which may be old
+                at = lead + other * (halves * size)
+                sums += tl.load(at, cache_modifier=".cg")
+                if GATED:
+                    sums_up += tl.load(at + size, cache_modifier=".cg")
+            _finish(
+                sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs,
+                tile, BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
+            )  # fmt: skip
+            tl.store(arrived_ptr + tile, 0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _some_rows(
     x_ptr, norm_ptr, squares_ptr, weight, weight_ptr, bias_ptr, residual_ptr, out_ptr,
@@ -172,33 +211,10 @@ def _some_rows(
         if GATED:
             sums_up = tl.dot(now_up, tl.trans(x), sums_up, input_precision="ieee")
 
-    if SPLITS == 1:
-        _finish(
-            sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs, tile,
-            BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
-        )  # fmt: skip
-    else:
-        size: tl.constexpr = BLOCK_N * ROWS
-        halves: tl.constexpr = 2 if GATED else 1
-        within = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        lead = sums_ptr + tile * (SPLITS * halves * size) + within
-        tl.store(lead + split * (halves * size), sums)
-        if GATED:
-            tl.store(lead + split * (halves * size) + size, sums_up)
-        tl.debug_barrier()  # all of the program's stores, before the one that announces them
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
-            sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            for other in tl.static_range(SPLITS):  # past the first-level cache, which may be old
-                at = lead + other * (halves * size)
-                sums += tl.load(at, cache_modifier=".cg")
-                if GATED:
-                    sums_up += tl.load(at + size, cache_modifier=".cg")
-            _finish(
-                sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs,
-                tile, BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
-            )  # fmt: skip
-            tl.store(arrived_ptr + tile, 0)
+    finish(
+        sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, sums_ptr, arrived_ptr,
+        tokens, outputs, BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N, SPLITS,
+    )  # fmt: skip
 
 
 def some_rows(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xverse.kernels.dequantize_triton import integers
-from xverse.kernels.reference_steps import Form, Steps
+from xverse.kernels.reference_few_bits import FewBits, Form
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -70,7 +70,7 @@ def _multiply_steps(
     tl.store(out_at, sums.to(dtype), live[:, None] & real[None, :])
 
 
-def multiply_steps(x_TD: Tensor, steps: Steps, tile: StepsTile | None = None) -> Tensor:
+def multiply_steps(x_TD: Tensor, steps: FewBits, tile: StepsTile | None = None) -> Tensor:
     """x @ w.T, [T, N] in x's dtype. Twin: `reference_steps.multiply_steps`.
 
     `why_not` is empty for the weight's form; all contiguous, any number of rows. A row's result
@@ -84,7 +84,7 @@ def multiply_steps(x_TD: Tensor, steps: Steps, tile: StepsTile | None = None) ->
     y_TN = x_TD.new_empty(tokens, form.outputs)
     _multiply_steps[(triton.cdiv(form.outputs, tile.outputs), triton.cdiv(tokens, tile.rows))](
         x_TD, weight, scale, scale if zero is None else zero, y_TN, tokens,
-        OUTPUTS=form.outputs, INPUTS=inputs, GROUP=form.group or 0, NIBBLES=form.kind == "int4",
+        OUTPUTS=form.outputs, INPUTS=inputs, GROUP=form.group, NIBBLES=form.kind == "int4",
         FLOATS=form.kind == "fp8", ZERO=zero is not None, BLOCK_N=tile.outputs, BLOCK_T=tile.rows,
         BLOCK_D=tile.inputs, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def multiply_steps(x_TD: Tensor, steps: Steps, tile: StepsTile | None = None) ->
 
 def why_not(form: Form) -> str:
     """Why a weight of this form has no such product; empty where it has one."""
-    if form.group is not None and form.group % 32:
+    if form.group % 32:
         return f"groups of {form.group} columns are no multiple of a tile's 32"
     return ""
 
@@ -101,7 +101,7 @@ def why_not(form: Form) -> str:
 def choose_tile(tokens: int, form: Form) -> StepsTile:
     """As wide as the chip still has enough programs."""
     rows = min(128, max(16, triton.next_power_of_2(tokens)))
-    inputs = 64 if form.group is None or form.group % 64 == 0 else 32
+    inputs = 64 if form.group % 64 == 0 else 32
     tiles = triton.cdiv(tokens, rows)
     outputs = 128 if triton.cdiv(form.outputs, 128) * tiles >= MULTIPROCESSORS else 64
     if rows == 128 and triton.cdiv(form.outputs, outputs) * tiles < MULTIPROCESSORS:

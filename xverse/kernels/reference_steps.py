@@ -10,48 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.kernels.reference import FP8_LARGEST, SCALE_LEAST, Norm, add_norm, swiglu_joined
+from xverse.kernels.reference_few_bits import FewBits
 
 FP8 = torch.float8_e4m3fn
-
-
-class Form(NamedTuple):
-    """What decides which kernel a quantized weight can have: whether it is `int4`, `int8` or `fp8`,
-    the columns that share a scale (None: all of a row), and rows and columns."""
-
-    kind: str
-    group: int | None
-    outputs: int
-    inputs: int
-
-
-class Steps(NamedTuple):
-    """A weight [N, D] held as w = (q - zero) * scale.
-
-    `weight`: int8 [N, D], for 4 bits uint8 [N, D/2] with the even column in the low half, each plus
-    8, or float8_e4m3fn [N, D]. `scale`, and `zero` (int8; None where symmetric): [N], or [N, G] for
-    groups of D/G columns.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-
-    @property
-    def inputs(self) -> int:
-        """D, of which 4 bits have two in a byte."""
-        return self.weight.shape[-1] * (2 if self.weight.dtype == torch.uint8 else 1)
-
-    @property
-    def form(self) -> Form:
-        """What decides which kernel it can have."""
-        kind = {torch.uint8: "int4", torch.int8: "int8", FP8: "fp8"}[self.weight.dtype]
-        group = None if self.scale.dim() == 1 else self.inputs // self.scale.shape[1]
-        return Form(kind, group, len(self.weight), self.inputs)
-
-    def rows(self, first: int, last: int) -> "Steps":
-        """Some of the rows; views."""
-        zero = None if self.zero is None else self.zero[first:last]
-        return Steps(self.weight[first:last], self.scale[first:last], zero)
 
 
 class RoundedRows(NamedTuple):
@@ -73,9 +34,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return halves.flatten(-2).to(torch.int8) - 8
 
 
-def dequantize(steps: Steps) -> Tensor:
+def dequantize(steps: FewBits) -> Tensor:
     """(q - zero) * scale in the scale's dtype, [..., N, D]: computed in fp32, rounded once. Scales
-    of groups have a dimension more than there are rows, see `Steps`."""
+    of groups have a dimension more than there are rows, see `FewBits`."""
     weight, scale, zero = steps
     if weight.dtype == torch.uint8:
         weight = unpack_nibbles(weight)
@@ -87,7 +48,7 @@ def dequantize(steps: Steps) -> Tensor:
     return (groups * scale[..., None].float()).flatten(-2).to(scale.dtype)
 
 
-def multiply_steps(x_TD: Tensor, steps: Steps) -> Tensor:
+def multiply_steps(x_TD: Tensor, steps: FewBits) -> Tensor:
     """x @ w.T, [..., D] -> [..., N] in x's dtype."""
     if steps.scale.dim() == 1 and steps.zero is None:
         # Steps are exact in 16 bits, and their scale is better applied to the sum.
@@ -104,7 +65,7 @@ def round_rows(x_TD: Tensor) -> RoundedRows:
     return RoundedRows((x * (1 / scale_T)[:, None]).to(FP8), scale_T)
 
 
-def multiply_rounded(x: RoundedRows, steps: Steps) -> Tensor:
+def multiply_rounded(x: RoundedRows, steps: FewBits) -> Tensor:
     """x @ w.T of x and w in 8 bits, sums in fp32 and then both scales; in the dtype of w's."""
     sums_TN = x.values.float() @ steps.weight.float().T
     return (sums_TN * x.scale[:, None] * steps.scale.float()).to(steps.scale.dtype)

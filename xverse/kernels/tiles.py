@@ -1,8 +1,10 @@
 """SHAPE -> TILE. How the products of a decode step are cut, and why that way."""
 
+from math import gcd
 from typing import NamedTuple
 
 MOST_ROWS = 32  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
+FEW_BITS_ROWS = 64  # likewise where weights are quantized: cuBLAS would need them dequantized
 NORM_ON_LOAD = 0  # tokens up to which a product normalizes its input itself, by ready squares
 
 
@@ -33,6 +35,26 @@ class RowsTile(NamedTuple):
     early: bool = True
 
 
+class WordsTile(NamedTuple):
+    """The cut of one token's product with few bits: outputs, and words of 32 bits, a tile; tiles a
+    program; warps."""
+
+    outputs: int
+    words: int
+    tiles: int = 1
+    warps: int = 4
+
+
+class FewBitsRowsTile(NamedTuple):
+    """The cut of a product of 2 to 64 tokens with few bits; as in `RowsTile`."""
+
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int = 4
+    splits: int = 1
+
+
 def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
     """The cut of one token that streams best on an H200 (`bench/tune_decode.py`), and its like.
 
@@ -51,6 +73,16 @@ def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
     return Tile(outputs=4, inputs=2048)
 
 
+def choose_words_tile(outputs: int, words: int, *, gated: bool) -> WordsTile:
+    """The cut of one token's product with few bits (`bench/quant_decode_gpu.py`); `outputs` as they
+    come out, `words` of 32 bits a row."""
+    block = 512 if words % 512 == 0 else 256 if words % 256 == 0 else 128
+    rows = 4 if gated or outputs > 8192 else 8
+    programs = 132 * 4  # what the chip holds at once
+    tiles = max(1, min(8, -(-outputs // (rows * programs)))) if block == words else 1
+    return WordsTile(rows, block, tiles, warps=max(1, block // 128))
+
+
 def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> RowsTile:
     """The cut of 2 to 64 tokens; `outputs` as they come out, half of the weight's if gated.
 
@@ -66,6 +98,17 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
         splits=splits,
         early=False,
     )
+
+
+def choose_few_bits_rows_tile(
+    tokens: int, outputs: int, inputs: int, group: int, *, gated: bool
+) -> FewBitsRowsTile:
+    """The cut of 2 to 64 tokens with few bits (`bench/quant_decode_gpu.py`); a chunk of inputs has
+    one scale a row. Two sides of 128 outputs and 64 tokens are too much for the registers."""
+    chunk = gcd(group, 128) if group else 128
+    wide = 128 if tokens > 32 and outputs >= 132 * 128 and not gated else 64
+    splits = min(4, max(1, 264 * 64 // outputs)) if inputs >= 1024 else 1
+    return FewBitsRowsTile(wide, chunk, stages=4, warps=4, splits=splits)
 
 
 def block_of_rows(tokens: int) -> int:

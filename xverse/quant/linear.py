@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from xverse.errors import XverseError
 from xverse.kernels import dispatch
 from xverse.kernels.multiply_rounded import LEAST_ROWS, multiply_rounded
+from xverse.kernels.reference_few_bits import FewBits
 from xverse.kernels.reference_steps import (
     RoundedRows,
-    Steps,
     dequantize,
     pack_nibbles,
     unpack_nibbles,
@@ -140,12 +140,12 @@ class QuantizedLinear(nn.Module):
         """The weight as int8 [..., N, D]; of fp8 as it is."""
         return unpack_nibbles(self.weight) if self.scheme.bits == 4 else self.weight
 
-    def steps(self, expert: int | None = None) -> Steps:
+    def few_bits(self, expert: int | None = None) -> FewBits:
         """The weight as the kernels take it; of a stack, that of an expert."""
         if expert is None:
-            return Steps(self.weight, self.scale, self.zero)
+            return FewBits(self.weight, self.scale, self.zero)
         zero = None if self.zero is None else self.zero[expert]
-        return Steps(self.weight[expert], self.scale[expert], zero)
+        return FewBits(self.weight[expert], self.scale[expert], zero)
 
     def dequantized(self, rows: Tensor | int | slice | tuple[int, slice] | None = None) -> Tensor:
         """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension (of a
@@ -154,7 +154,7 @@ class QuantizedLinear(nn.Module):
         if rows is not None:
             weight, scale = weight[rows], scale[rows]
             zero = None if zero is None else zero[rows]
-        return dequantize(Steps(weight, scale, zero))
+        return dequantize(FewBits(weight, scale, zero))
 
     def forward(self, x_TD: Tensor, expert: int | None = None) -> Tensor:
         """x @ w.T + bias; of a stack, by the layer of that expert."""
@@ -163,10 +163,10 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled() and x_TD.requires_grad:
             y_TN = gradient.multiply(self, x_TD, expert)
         else:
-            steps, flat_TD = self.steps(expert), x_TD.flatten(0, -2)
+            weight, flat_TD = self.few_bits(expert), x_TD.flatten(0, -2)
             rows = min(len(flat_TD), dispatch.ROWS_APART)
-            chosen = dispatch.multiply_steps(x_TD.device, x_TD.dtype, rows, steps.form)
-            y_TN = chosen.call(flat_TD, steps).unflatten(0, x_TD.shape[:-1])
+            chosen = dispatch.multiply_steps(x_TD.device, x_TD.dtype, rows, weight.form)
+            y_TN = chosen.call(flat_TD, weight).unflatten(0, x_TD.shape[:-1])
         return y_TN if self.bias is None else y_TN + self.bias
 
     def rounds(self, rows: int) -> bool:
@@ -174,9 +174,9 @@ class QuantizedLinear(nn.Module):
         device, dtype = self.weight.device, self.scale.dtype
         if rows < LEAST_ROWS or self.weight.dim() != 2:
             return False
-        return not dispatch.why_not_rounded(device, dtype, self.steps().form)
+        return not dispatch.why_not_rounded(device, dtype, self.few_bits().form)
 
     def multiply_rounded(self, x: RoundedRows) -> Tensor:
         """As `forward`, of rows in 8 bits; for inference."""
-        y_TN = multiply_rounded(x, self.steps())
+        y_TN = multiply_rounded(x, self.few_bits())
         return y_TN if self.bias is None else y_TN + self.bias
