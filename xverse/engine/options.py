@@ -87,5 +87,7 @@ class EngineOptions:
         """These options, none of steps left open. A GPU is not filled by a CPU's steps."""
         gpu = device.type == "cuda" and not self.deterministic
         step = self.step_tokens or max(GPU_STEP if gpu else CPU_STEP, self.max_running or 0)
-        running = self.max_running or min(step, GPU_RUNNING if gpu else CPU_RUNNING)
+        # Each sequence has a page at least; memory for more of them would lie idle.
+        pages = -(-(self.kv_tokens or step * self.page_size) // self.page_size)
+        running = self.max_running or min(step, pages, GPU_RUNNING if gpu else CPU_RUNNING)
         return replace(self, step_tokens=step, max_running=running)
