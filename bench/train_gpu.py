@@ -6,13 +6,16 @@ to bench/results after each section, and to $OUT where that is set.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch
 
 from bench import train_adapters, train_gradient
 from bench.record import record
-from bench.train_steps import figures, forget, timed_run, training
+from bench.train_steps import NEVER, Timed, figures, forget, timed_run, training
 from bench.train_text import Text
 from xverse.device import pick_device
 from xverse.model.catalog import CATALOG, from_depth
@@ -30,7 +33,8 @@ from xverse.model.shape import ModelShape
 from xverse.parallel.ranks import Ranks
 from xverse.train import flops, predict
 from xverse.train.build import fresh
-from xverse.train.options import Training
+from xverse.train.checkpoints import Checkpoints
+from xverse.train.options import Keeping, Training
 
 FORMULA = (
     "strict: 6 x parameters without the input embedding + 6 x layers x width x sequence (attention "
@@ -160,6 +164,43 @@ def memory(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def save(bench: Bench) -> dict[str, Any]:
+    """What checkpoints cost a run of a model of 1B: one is begun every 60 steps."""
+    args, row, every = bench.args, bench.row(4096), 60 if not bench.args.small else 4
+    shape = bench.shape if args.small else from_depth(24, bench.shape.vocab_size, row)
+    options = training(2 * every + every // 2, row, 4, 1, compile=args.compile)
+    options = dataclasses.replace(options, keep=Keeping(save_every=every, evaluate_every=NEVER))
+    decoder = fresh(shape, options, bench.ranks)
+    text = bench.text("streams", shape).in_rows(row)
+    kept: list[Checkpoints] = []
+
+    def checkpoints(folder: Path) -> Checkpoints:
+        kept.append(Checkpoints(folder / "checkpoints", bench.ranks, keep=1))
+        return kept[0]
+
+    timed = timed_run(decoder, options, text, bench.ranks, warm=every // 2, checkpoints=checkpoints)
+    return save_figures(timed, every, shape) | {"write_s": round(kept[0].seconds, 2)}
+
+
+def save_figures(timed: Timed, every: int, shape: ModelShape) -> dict[str, Any]:
+    """Seconds that a save took from the steps: from where a step was told of to the next one."""
+    told = [step["time"] for step in timed.steps]
+    spans = [later - earlier for earlier, later in pairwise(told)]  # of step i + 1, and a save
+    saving = {number for number in range(len(spans)) if (number + 1) % every == 0}
+    quiet = [s for n, s in enumerate(spans) if n > timed.warm and n % every > every // 2]
+    usual = statistics.median(quiet)
+    slower = [
+        sum(spans[n : n + every // 2]) - usual * len(spans[n : n + every // 2]) for n in saving
+    ]
+    return {
+        "parameters": shape.num_parameters,
+        "usual_step_s": round(usual, 4),
+        "steps_that_save_s": [round(spans[number], 4) for number in sorted(saving)],
+        "lost_s_a_save": [round(lost, 4) for lost in slower],
+        "lost_share_of_500_steps": round(statistics.median(slower) / (500 * usual), 5),
+    }
+
+
 def predicted(bench: Bench, options: Training, found: dict[str, Any]) -> dict[str, Any]:
     """What --dry-run says of the memory, beside what was measured."""
     memory = predict.memory(bench.shape, options, dtype="bfloat16", ranks=1)
@@ -179,6 +220,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "full": (full, 80),
     "lora": (lora, 100),
     "memory": (memory, 60),
+    "save": (save, 75),
 }
 
 
