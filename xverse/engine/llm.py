@@ -63,7 +63,7 @@ class LLM:
     ) -> None:
         most = len(adapters or ()) if max_adapters is None else max_adapters
         if isinstance(model, Model):
-            _require_open((dtype, device, quantize, tokenizer, tensor_parallel))
+            _require_open((dtype, device, tokenizer, tensor_parallel))
             device = model.decoder.device.type
         options = EngineOptions(
             kv_tokens=kv_tokens,
@@ -408,11 +408,11 @@ def _refuse_echo(sampling: Sampling | None) -> None:
         )
 
 
-def _require_open(asked: tuple[str, str, int | None, str | Path | None, int]) -> None:
+def _require_open(asked: tuple[str, str, str | Path | None, int]) -> None:
     """XverseError where something is asked of a loaded model that was settled by its loading."""
-    if asked != ("auto", "auto", None, None, 1):
+    if asked != ("auto", "auto", None, 1):
         raise XverseError(
-            "A loaded model takes no dtype, device, quantize, tokenizer or tensor_parallel.",
+            "dtype, device, tokenizer and tensor_parallel cannot be given with a loaded model.",
             "They were settled when it was loaded.",
             "Leave them out, or name the model's folder.",
         )
