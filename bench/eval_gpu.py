@@ -2,7 +2,7 @@
 
     check         label log-probabilities through the prefix tree beside the plain decoder's (20 s)
     mmlu-bf16     all 14,042 questions, 5 examples each (65 s)
-    mmlu-notree   a few whole subjects with the tree and without it, and what all would take (60 s)
+    mmlu-notree   a few whole subjects with the tree and without it, and what all would take (65 s)
     mmlu-fp8kv    as mmlu-bf16, keys and values in fp8 (65 s)
     mmlu-fp8      as mmlu-bf16, weights, and keys and values, in fp8 (50 s)
     suite         `xverse evaluate --tasks published`: eleven benchmarks, one command (300 s); what
@@ -24,14 +24,13 @@ after each section, to bench/results/ and, if that is set, to $OUT.
 import argparse
 import gc
 import json
-import math
 import os
 import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from unittest import mock
 import torch
 
 from bench.eval_peers import data as data_folder
+from bench.eval_watch import Silent, engine_of, measured
 from bench.record import record
 from xverse.checkpoint.load import Checkpoint, Model
 from xverse.engine.agree import ROUNDING_STEPS
@@ -47,10 +47,7 @@ from xverse.engine.engine import Engine
 from xverse.engine.llm import LLM
 from xverse.engine.options import GPU_RUNNING, GPU_STEP, EngineOptions
 from xverse.engine.request import Request
-from xverse.engine.runner import Flight
-from xverse.engine.scheduler import Chunk
 from xverse.errors import XverseError
-from xverse.evals import harness
 from xverse.evals.choice import asks_of
 from xverse.evals.evaluate import evaluate
 from xverse.evals.harness import Options, run_tasks
@@ -86,50 +83,7 @@ PACKED = (
     *("race-middle", "commonsenseqa", "piqa", "gsm8k", "humaneval"),
 )
 TOKENIZER = "tokenizer/tokenizer.json"
-SOME_SUBJECTS = 7  # of 57, for what takes long: 1,500 questions of every category
-
-
-@dataclass
-class Meter:
-    """What passed through an engine while it was watched."""
-
-    until: float = math.inf  # of the clock; then it stops before the next batch
-    steps: int = 0
-    computed: int = 0  # tokens
-    waited_s: float = 0.0  # by the host's thread, for the device
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @contextmanager
-    def watch(self, engine: Engine) -> Iterator[None]:
-        """Count steps and tokens, and time the host's waiting and each batch of questions."""
-        launch, wait, ask = engine.runner.launch, torch.cuda.Event.synchronize, harness._ask
-
-        def counted(chunks: Sequence[Chunk]) -> Flight:
-            self.steps += 1
-            self.computed += sum(chunk.rows for chunk in chunks)
-            return launch(chunks)
-
-        def timed_wait(event: torch.cuda.Event) -> None:
-            start = time.perf_counter()
-            wait(event)
-            self.waited_s += time.perf_counter() - start
-
-        def timed_ask(door: Any, batch: Any, options: Options) -> Any:
-            start = time.perf_counter()
-            if start > self.until:
-                raise TimeoutError
-            outcomes = ask(door, batch, options)
-            row = self.tasks.setdefault(batch.task.name, {"questions": 0, "seconds": 0.0})
-            row["questions"] += len(outcomes)
-            row["seconds"] = round(row["seconds"] + time.perf_counter() - start, 2)
-            print(f"  {batch.task.name}: {row}", flush=True)
-            return outcomes
-
-        with ExitStack() as patches:
-            patches.enter_context(mock.patch.object(engine.runner, "launch", counted))
-            patches.enter_context(mock.patch.object(torch.cuda.Event, "synchronize", timed_wait))
-            patches.enter_context(mock.patch.object(harness, "_ask", timed_ask))
-            yield
+SOME_SUBJECTS = 8  # of 57, for what takes long: 1,781 questions of 1,170 tokens on average
 
 
 @dataclass
@@ -186,48 +140,6 @@ class Bench:
         )
 
 
-def engine_of(door: LocalDoor) -> Engine:
-    """The engine of a model that is on one device."""
-    engine = door.llm.engine
-    assert isinstance(engine, Engine), "it is not spread"
-    return engine
-
-
-def measured(bench: Bench, door: LocalDoor, work: Callable[[], int]) -> dict[str, Any]:
-    """Figures of `work`, which gives how many questions it asked; it has --most-s for them."""
-    engine, meter = engine_of(door), Meter(time.perf_counter() + bench.args.most_s)
-    engine.pages.free_up(engine.pages.count)  # nothing is found that was computed before
-    reused, preempted = engine.scheduler.reused_tokens, engine.scheduler.preempted
-    start, cpu, thread = time.perf_counter(), time.process_time(), time.thread_time()
-    stopped = False
-    with meter.watch(engine):
-        try:
-            questions = work()
-        except TimeoutError:
-            stopped, questions = True, int(sum(row["questions"] for row in meter.tasks.values()))
-    seconds = time.perf_counter() - start
-    reused = engine.scheduler.reused_tokens - reused
-    prompt = reused + meter.computed
-    return {
-        "questions": questions,
-        "seconds": round(seconds, 2),
-        "stopped_before_the_end": stopped,
-        "prompt_tokens": prompt,  # and those that are written
-        "computed_tokens": meter.computed,
-        "prompt_tokens_per_s": round(prompt / seconds),
-        "computed_tokens_per_s": round(meter.computed / seconds),
-        "steps": meter.steps,
-        "host_waited_s": round(meter.waited_s, 2),
-        "host_busy_share": round(1 - meter.waited_s / seconds, 3),
-        "process_cpu_s": round(time.process_time() - cpu, 1),
-        "thread_cpu_s": round(time.thread_time() - thread, 1),  # waiting may be counted in it
-        "preempted": engine.scheduler.preempted - preempted,
-        "runner": type(engine.runner).__name__,
-        "kv_tokens": engine.capacity,
-        "tasks": meter.tasks,
-    }
-
-
 def part_of(task: Task, items: Sequence[Item]) -> Task:
     """The task with these items only."""
     return replace(task, load=lambda folder, shots: items)
@@ -243,10 +155,11 @@ def some_subjects(bench: Bench, count: int) -> Task:
     return part_of(task, some[: bench.limit()])
 
 
-def check(bench: Bench, door: LocalDoor) -> dict[str, Any]:
-    """Labels of questions, pairs of which share their examples, beside the plain decoder's.
+def check(bench: Bench, door: LocalDoor, *, rounded: bool = False) -> dict[str, Any]:
+    """Log-probabilities of labels, of questions that share examples, beside the plain decoder's.
 
-    In logarithms, and in the spread of the logits, which random weights leave at about 1.3.
+    Logits of random weights have a standard deviation of 1.3. The plain decoder has the same
+    weights; where the engine has rounded keys and values, or activations, it has not.
     """
     task = all_tasks()["mmlu"]
     items = task.items(bench.data)
@@ -264,7 +177,8 @@ def check(bench: Bench, door: LocalDoor) -> dict[str, Any]:
             squares, count = squares + sum(x * x for x in apart), count + len(apart)
             order = sorted(range(len(apart)), key=plain[0].__getitem__)
             picks += max(range(len(apart)), key=reading.logprobs.__getitem__) == order[-1]
-    allowed = ROUNDING_STEPS * torch.finfo(door.llm.decoder.dtype).eps * spread
+    eps = torch.finfo(torch.bfloat16 if rounded else door.llm.decoder.dtype).eps
+    allowed = ROUNDING_STEPS * (2 if rounded else 1) * eps * spread
     return {
         "questions": count // 4,
         "same_pick": picks,
@@ -298,9 +212,9 @@ def checked(bench: Bench) -> dict[str, Any]:
 def mmlu(bench: Bench, name: str, weights: str, kv_dtype: str) -> dict[str, Any]:
     """The whole of MMLU, report included; its first questions are asked before, to warm up."""
     door = bench.door(weights, kv_dtype)
-    first = check(bench, door)
+    first = check(bench, door, rounded="fp8" in (weights, kv_dtype))
     run_tasks(door, [some_subjects(bench, 1)], bench.data, bench.work / f"{name} warm", Options())
-    figures = measured(bench, door, lambda: asked(bench, door, name, "mmlu"))
+    figures = measured(door, lambda: asked(bench, door, name, "mmlu"), bench.args.most_s)
     return figures | {"check": first}
 
 
@@ -315,7 +229,7 @@ def asked(bench: Bench, door: LocalDoor, out: str, tasks: str) -> int:
 def without_tree(bench: Bench) -> dict[str, Any]:
     """The same whole subjects with the prefix tree and without; all of MMLU by tokens a second."""
     door, task = bench.door(), some_subjects(bench, SOME_SUBJECTS)
-    pages = engine_of(door).pages
+    pages, most_s = engine_of(door).pages, bench.args.most_s
     found: dict[str, Any] = {"subjects": SOME_SUBJECTS}
 
     def work(out: str) -> int:
@@ -325,7 +239,7 @@ def without_tree(bench: Bench) -> dict[str, Any]:
     for name, share in (("with_tree", True), ("without_tree", False)):
         pages.share = share
         try:
-            found[name] = measured(bench, door, lambda out=name: work(out))  # type: ignore[misc]
+            found[name] = measured(door, lambda out=name: work(out), most_s)  # type: ignore[misc]
         finally:
             pages.share = True
     found["ratio"] = round(found["without_tree"]["seconds"] / found["with_tree"]["seconds"], 2)
@@ -340,7 +254,8 @@ def without_tree(bench: Bench) -> dict[str, Any]:
 
 def suite(bench: Bench) -> dict[str, Any]:
     """The published suite; where no sandbox can be had, HumanEval's programs are not run."""
-    door, note = bench.door(), "programs were run in the sandbox"
+    door, most_s = bench.door(), bench.args.most_s
+    note = "programs were run in the sandbox"
     with ExitStack() as patches:
         try:
             require_sandbox()
@@ -349,25 +264,11 @@ def suite(bench: Bench) -> dict[str, Any]:
             plain = replace(all_tasks()["humaneval"], grade=lambda i, s: 0.0, sandboxed=False)
             tasks = [plain if name == "humaneval" else all_tasks()[name] for name in PUBLISHED]
             patches.enter_context(mock.patch("xverse.evals.evaluate.tasks_of", return_value=tasks))
-        found = measured(bench, door, lambda: asked(bench, door, "mmlu-bf16", "published"))
+        found = measured(door, lambda: asked(bench, door, "mmlu-bf16", "published"), most_s)
     before = bench.figures.get("mmlu-bf16", {}).get("seconds", 0.0)
     found["seconds_of_mmlu_before"] = before
     found["seconds_in_all"] = round(found["seconds"] + before, 2)
     return found | {"note": note}
-
-
-class Silent:
-    """A runner that answers at once: what is left is the host's work."""
-
-    def launch(self, chunks: Sequence[Chunk]) -> Flight:
-        """Every label has the same log-probability."""
-        read = [chunk.generation for chunk in chunks if chunk.complete]
-
-        def give() -> None:
-            for generation in read:
-                generation.labels = [-1.0] * len(generation.request.labels)
-
-        return Flight(chunks, [], list, labels=give)
 
 
 def host(bench: Bench) -> dict[str, Any]:
@@ -379,7 +280,7 @@ def host(bench: Bench) -> dict[str, Any]:
     ):
         door = LocalDoor(bench.llm("bf16", "auto"))
     engine_of(door).overlap, door.batch = True, 512
-    return measured(bench, door, lambda: asked(bench, door, "host", "mmlu"))
+    return measured(door, lambda: asked(bench, door, "host", "mmlu"), bench.args.most_s)
 
 
 def run(bench: Bench, name: str) -> dict[str, Any]:

@@ -265,9 +265,9 @@ class Job(NamedTuple):
 ONE_ROW = {
     "qkv": [(4, 512, 6), (4, 512, 3), (8, 512, 3), (8, 512, 1), (4, 512, 1), (2, 512, 4)],
     "o": [(8, 512, 1), (4, 512, 1), (4, 512, 2), (2, 512, 2), (2, 512, 1)],
-    "gate_up": [(4, 512, 6), (4, 512, 3), (2, 512, 6), (2, 512, 3), (4, 512, 1), (2, 512, 1)],
-    "down": [(8, 512, 1), (4, 512, 1), (8, 256, 1), (4, 256, 1), (4, 1024, 1), (2, 512, 1)],
-    "head": [(4, 512, 8), (8, 512, 4), (8, 512, 8), (4, 512, 4), (16, 512, 2)],
+    "gate_up": [(4, 512, 3), (2, 512, 7), (2, 512, 4), (1, 512, 8), (4, 512, 1), (2, 512, 1)],
+    "down": [(4, 512, 2), (8, 512, 1), (4, 512, 1), (4, 256, 2), (2, 512, 4), (2, 512, 2)],
+    "head": [(4, 512, 8), (8, 512, 4), (4, 512, 4), (2, 512, 8), (4, 512, 16)],
 }
 SOME_ROWS = [(64, 4, 4), (64, 6, 4), (128, 3, 4), (128, 4, 8)]
 
@@ -294,7 +294,6 @@ def candidates(name: str, scheme: Scheme, rows: int) -> list[WordsTile | FewBits
             block = words * scheme.bits // 4
             found.append(WordsTile(outputs, block, tiles, block // 128))
             if scheme.bits == 4:
-                found.append(WordsTile(outputs, block, tiles, block // 64))
                 found.append(WordsTile(outputs, block // 2, tiles, block // 256))
         return list(dict.fromkeys(found))
     for outputs, stages, warps in SOME_ROWS:

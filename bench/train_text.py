@@ -54,16 +54,29 @@ class Text(NamedTuple):
     def learned(self, index: int) -> NDArray[np.bool_]:
         return self.says[self.starts[index] : self.starts[index + 1]]
 
+    def mean_document(self) -> float:
+        """Of the document that a token is in, its length: what attention costs goes by it."""
+        lengths = self.lengths().astype(np.float64)
+        return float((lengths**2).sum() / lengths.sum())
+
+    def fitting(self, row_tokens: int) -> Self:
+        """Without documents that are longer than a row: of an answer no part is left out."""
+        return self._part([n - 1 <= row_tokens for n in self.lengths()], self.lengths())
+
     def in_rows(self, row_tokens: int) -> Self:
         """Every document cut off where its last whole row ends, so that all rows are full."""
         kept = (self.lengths() - 1) // row_tokens * row_tokens + 1
-        chosen = [
+        return self._part(kept > 1, kept)
+
+    def _part(self, chosen: Iterable[bool], kept: NDArray[np.int64]) -> Self:
+        """The chosen documents, of each as many ids as are kept."""
+        spans = [
             np.arange(start, start + length)
-            for start, length in zip(self.starts, kept, strict=False)
-            if length > 1
+            for start, length, take in zip(self.starts, kept, chosen, strict=False)
+            if take
         ]
-        places = np.concatenate(chosen)
-        starts = np.cumsum([0, *map(len, chosen)])
+        places = np.concatenate(spans)
+        starts = np.cumsum([0, *map(len, spans)])
         return type(self)(self.ids[places], starts, self.says[places])
 
 

@@ -115,9 +115,8 @@ def test_a_step_of_experts_gives_the_decoders_logits(rows: int, shared: int) -> 
         assert torch.allclose(step(), expected, atol=1e-3), place
 
 
-def test_quantized_weights_are_refused_and_experts_are_not() -> None:
+def test_experts_have_a_step_unless_they_are_quantized() -> None:
     assert not unfit(fuse(random_decoder(published_config(moe=True))))
     assert "apart" in unfit(random_decoder(published_config(moe=True)))
-    for moe in (False, True):
-        quantized = fuse(quantize(random_decoder(published_config(moe=moe)), 8))
-        assert "quantized" in unfit(quantized)
+    quantized = fuse(quantize(random_decoder(published_config(moe=True)), 8))
+    assert "experts are quantized" in unfit(quantized)

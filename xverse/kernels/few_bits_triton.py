@@ -143,7 +143,7 @@ def _norm_scale(
 
 @triton.jit
 def _weights(
-    weight_ptr, scale_ptr, zero_ptr, row, outputs, start, more,
+    weight_ptr, scale_ptr, zero_ptr, row, outputs, start,
     WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -153,14 +153,14 @@ def _weights(
     """
     row = tl.minimum(row, outputs - 1)
     word = start + tl.arange(0, BLOCK_W)
-    inside = (word < WORDS) & more
+    inside = word < WORDS
     at = weight_ptr + row[:, None] * WORDS + word[None, :]
     words = tl.load(at, inside[None, :], 0, eviction_policy="evict_first")
     scale = 1.0
     zero = 0.0
     if GROUP != 0:
         span = start // 4 + tl.arange(0, BLOCK_W // 4)
-        live = (span < WORDS // 4) & more
+        live = span < WORDS // 4
         group = span * (128 // BITS) // GROUP
         at = row[:, None] * (WORDS * 32 // BITS // GROUP) + group[None, :]
         scale = tl.load(scale_ptr + at, live[None, :], 0.0)
@@ -210,11 +210,11 @@ def _one_row(
     sides: tl.constexpr = 2 if GATED else 1  # gate above, up below
     rows = outputs * sides
     weights = _weights(
-        weight_ptr, scale_ptr, zero_ptr, row, rows, 0, True, WORDS, BITS, GROUP, ZEROS, BLOCK_W
+        weight_ptr, scale_ptr, zero_ptr, row, rows, 0, WORDS, BITS, GROUP, ZEROS, BLOCK_W
     )
     if GATED:
         weights_up = _weights(
-            weight_ptr, scale_ptr, zero_ptr, row + outputs, rows, 0, True,
+            weight_ptr, scale_ptr, zero_ptr, row + outputs, rows, 0,
             WORDS, BITS, GROUP, ZEROS, BLOCK_W,
         )  # fmt: skip
     wait_for_input(PDL)
@@ -222,25 +222,26 @@ def _one_row(
     factor = _norm_scale(x_ptr, eps, INPUTS, NORM, 256)
     if chunks == 1:
         x = _x_by_words(x_ptr, norm_ptr, 0, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
-    for tile in range(TILES):
+    for tile in tl.static_range(TILES):
         sums = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
         sums_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
-        for chunk in range(chunks):
+        # Unrolled: across the end of a loop the assembler asks for weights late, to save registers.
+        for chunk in tl.static_range(chunks):
             now = weights
             if GATED:
                 now_up = weights_up
-            if chunks > 1 or TILES > 1:
-                here = chunk + 1 < chunks  # or the first of the next tile
-                next_row = row + tl.where(here, 0, BLOCK_N)
-                start = tl.where(here, (chunk + 1) * BLOCK_W, 0)
-                more = here | (tile + 1 < TILES)
+            if chunk + 1 < chunks or tile + 1 < TILES:
+                if chunk + 1 < chunks:
+                    next_row, start = row, (chunk + 1) * BLOCK_W
+                else:
+                    next_row, start = row + BLOCK_N, 0
                 weights = _weights(
-                    weight_ptr, scale_ptr, zero_ptr, next_row, rows, start, more,
+                    weight_ptr, scale_ptr, zero_ptr, next_row, rows, start,
                     WORDS, BITS, GROUP, ZEROS, BLOCK_W,
                 )  # fmt: skip
                 if GATED:
                     weights_up = _weights(
-                        weight_ptr, scale_ptr, zero_ptr, next_row + outputs, rows, start, more,
+                        weight_ptr, scale_ptr, zero_ptr, next_row + outputs, rows, start,
                         WORDS, BITS, GROUP, ZEROS, BLOCK_W,
                     )  # fmt: skip
             if chunks > 1:

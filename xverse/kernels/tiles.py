@@ -76,11 +76,12 @@ def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
 def choose_words_tile(outputs: int, words: int, *, gated: bool) -> WordsTile:
     """The cut of one token's product with few bits (`bench/quant_decode_gpu.py`); `outputs` as they
     come out, `words` of 32 bits a row."""
-    block = 512 if words % 512 == 0 else 256 if words % 256 == 0 else 128
-    rows = 4 if gated or outputs > 8192 else 8
-    programs = 132 * 4  # what the chip holds at once
-    tiles = max(1, min(8, -(-outputs // (rows * programs)))) if block == words else 1
-    return WordsTile(rows, block, tiles, warps=max(1, block // 128))
+    block = next((w for w in (1024, 512, 256) if words >= 0.85 * w * -(-words // w)), 128)
+    rows, programs = 4, 132 * (3 if gated else 4)  # what the chip holds at once
+    # Tiles and blocks of words are unrolled: not too many instructions.
+    most = max(1, 8 * block // words)
+    tiles = max(1, min(most, -(-outputs // (rows * programs))))
+    return WordsTile(rows, block, tiles, warps=block // 128)
 
 
 def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> RowsTile:
