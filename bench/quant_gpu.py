@@ -40,8 +40,7 @@ from xverse.engine.paged import Paged
 from xverse.engine.request import Request, Sampling, Token
 from xverse.kernels import dispatch, multiply_rounded, reference_steps
 from xverse.kernels.reference import Norm
-from xverse.kernels.reference_few_bits import FewBits
-from xverse.kernels.reference_steps import dequantize, pack_nibbles
+from xverse.kernels.reference_few_bits import FewBits, dequantize, pack_nibbles
 from xverse.model.catalog import CATALOG
 from xverse.model.decoder import Decoder
 from xverse.model.fresh import random_decoder
@@ -181,7 +180,7 @@ def check(place: Place) -> Figures:
         exact_ND = exact_of(steps)
         wide_ND = dequantize_triton.dequantize(steps)
         name = f"{kind} group {group}" + ", zeros" * zero
-        found[f"{name}: widened"] = passed(wide_ND, dequantize(steps), 0.0, name)
+        found[f"{name}: widened"] = passed(wide_ND, dequantize(steps).to(place.dtype), 0.0, name)
         for rows, multiply in (
             (100, multiply_steps_triton.multiply_steps),
             (300, dequantize_triton.multiply_widened),
@@ -234,7 +233,7 @@ def check_rounded(place: Place, outputs: int, inputs: int) -> Figures:
 
 
 def exact_of(steps: FewBits) -> Tensor:
-    return dequantize(FewBits(steps.weight, steps.scale.float(), steps.zero)).double()
+    return dequantize(steps).double()
 
 
 def distance(fast: Tensor, exact: Tensor) -> float:

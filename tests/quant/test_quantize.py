@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xverse.errors import XverseError
-from xverse.kernels.reference_steps import pack_nibbles, unpack_nibbles
+from xverse.kernels.reference_few_bits import pack_nibbles, unpack_nibbles
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse

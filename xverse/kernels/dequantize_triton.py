@@ -70,7 +70,7 @@ def _dequantize(
 def dequantize(steps: FewBits, out_ND: Tensor | None = None) -> Tensor:
     """(q - zero) * scale, [N, D] in the dtype of `out`, or else of the scales.
 
-    Twin: `reference_steps.dequantize`. Everything contiguous; any even number of columns.
+    Twin: `reference_few_bits.dequantize`, rounded. All contiguous; any even number of columns.
     """
     weight, scale, zero = steps
     outputs, inputs = len(weight), steps.inputs

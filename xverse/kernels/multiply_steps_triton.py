@@ -34,7 +34,7 @@ def _multiply_steps(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, rows). GROUP 0: one scale a row, applied to the sums; the steps are exact
-    in 16 bits. Otherwise weights are rounded as `reference_steps.dequantize` rounds them."""
+    in 16 bits. Otherwise weights are rounded as `reference_steps.multiply_steps` rounds them."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     groups: tl.constexpr = INPUTS // GROUP if GROUP else 1
     bytes: tl.constexpr = INPUTS // 2 if NIBBLES else INPUTS

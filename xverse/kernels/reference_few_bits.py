@@ -72,18 +72,33 @@ def why_not(weight: FewBits) -> str:
     return ""
 
 
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """int8 [..., D] in -8..7 -> uint8 [..., D/2]."""
+    shifted = (integers + 8).to(torch.uint8)
+    return shifted[..., ::2] | shifted[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
+    return halves.flatten(-2).to(torch.int8) - 8
+
+
 def dequantize(weight: FewBits, rows_T: Tensor | None = None) -> Tensor:
-    """(q - zero) * scale in fp32, of all rows or of those that are named. -> [N, D]."""
+    """(q - zero) * scale in fp32, of all rows or of those that are named. -> [N, D], or what
+    dimensions the rows have: those of one scale a row have one more than the scales."""
     packed, scale, zero = weight
     if rows_T is not None:
         packed, scale = packed[rows_T], scale[rows_T]
         zero = None if zero is None else zero[rows_T]
-    if weight.bits == 4:
-        packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-    groups = packed.float().unflatten(-1, (1 if scale.dim() == 1 else scale.shape[1], -1))
+    if packed.dtype == torch.uint8:
+        packed = unpack_nibbles(packed)
+    if scale.dim() < packed.dim():
+        scale, zero = scale[..., None], None if zero is None else zero[..., None]
+    groups = packed.float().unflatten(-1, (scale.shape[-1], -1))
     if zero is not None:
-        groups = groups - zero.float().view(*groups.shape[:2], 1)
-    return (groups * scale.float().view(*groups.shape[:2], 1)).flatten(-2)
+        groups = groups - zero[..., None]
+    return (groups * scale[..., None].float()).flatten(-2)
 
 
 def multiply_rows(

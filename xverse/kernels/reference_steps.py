@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.kernels.reference import FP8_LARGEST, SCALE_LEAST, Norm, add_norm, swiglu_joined
-from xverse.kernels.reference_few_bits import FewBits
+from xverse.kernels.reference_few_bits import FewBits, dequantize, unpack_nibbles
 
 FP8 = torch.float8_e4m3fn
 
@@ -22,32 +22,6 @@ class RoundedRows(NamedTuple):
     scale: Tensor
 
 
-def pack_nibbles(integers: Tensor) -> Tensor:
-    """int8 [..., D] in -8..7 -> uint8 [..., D/2]."""
-    shifted = (integers + 8).to(torch.uint8)
-    return shifted[..., ::2] | shifted[..., 1::2] << 4
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`."""
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
-    return halves.flatten(-2).to(torch.int8) - 8
-
-
-def dequantize(steps: FewBits) -> Tensor:
-    """(q - zero) * scale in the scale's dtype, [..., N, D]: computed in fp32, rounded once. Scales
-    of groups have a dimension more than there are rows, see `FewBits`."""
-    weight, scale, zero = steps
-    if weight.dtype == torch.uint8:
-        weight = unpack_nibbles(weight)
-    if scale.dim() < weight.dim():
-        scale, zero = scale[..., None], None if zero is None else zero[..., None]
-    groups = weight.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))
-    if zero is not None:
-        groups = groups - zero[..., None]
-    return (groups * scale[..., None].float()).flatten(-2).to(scale.dtype)
-
-
 def multiply_steps(x_TD: Tensor, steps: FewBits) -> Tensor:
     """x @ w.T, [..., D] -> [..., N] in x's dtype."""
     if steps.scale.dim() == 1 and steps.zero is None:
@@ -55,7 +29,8 @@ def multiply_steps(x_TD: Tensor, steps: FewBits) -> Tensor:
         weight = steps.weight
         exact = unpack_nibbles(weight) if weight.dtype == torch.uint8 else weight
         return functional.linear(x_TD, exact.to(x_TD.dtype)) * steps.scale
-    return functional.linear(x_TD, dequantize(steps).to(x_TD.dtype))
+    weight_ND = dequantize(steps).to(steps.scale.dtype)
+    return functional.linear(x_TD, weight_ND.to(x_TD.dtype))
 
 
 def round_rows(x_TD: Tensor) -> RoundedRows:

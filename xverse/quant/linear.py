@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from xverse.errors import XverseError
 from xverse.kernels import dispatch
 from xverse.kernels.multiply_rounded import LEAST_ROWS, multiply_rounded
-from xverse.kernels.reference_few_bits import FewBits
-from xverse.kernels.reference_steps import (
-    RoundedRows,
+from xverse.kernels.reference_few_bits import (
+    FewBits,
     dequantize,
     pack_nibbles,
     unpack_nibbles,
 )
+from xverse.kernels.reference_steps import RoundedRows
 from xverse.model.linear import Linear, span
 from xverse.quant import gradient
 from xverse.quant.rounding import Rounded, nearest
@@ -154,7 +154,7 @@ class QuantizedLinear(nn.Module):
         if rows is not None:
             weight, scale = weight[rows], scale[rows]
             zero = None if zero is None else zero[rows]
-        return dequantize(FewBits(weight, scale, zero))
+        return dequantize(FewBits(weight, scale, zero)).to(scale.dtype)
 
     def forward(self, x_TD: Tensor, expert: int | None = None) -> Tensor:
         """x @ w.T + bias; of a stack, by the layer of that expert."""

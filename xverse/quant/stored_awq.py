@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from xverse.kernels.reference_steps import pack_nibbles
+from xverse.kernels.reference_few_bits import pack_nibbles
 from xverse.model.linear import Linear, StackedLinear
 from xverse.quant.scheme import Scheme
 from xverse.quant.stored_layer import (

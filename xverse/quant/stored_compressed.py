@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.errors import XverseError
-from xverse.kernels.reference_steps import pack_nibbles
+from xverse.kernels.reference_few_bits import pack_nibbles
 from xverse.log import logger
 from xverse.model.embedding import Embedding
 from xverse.model.linear import Linear, StackedLinear

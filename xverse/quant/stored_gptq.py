@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.errors import XverseError
-from xverse.kernels.reference_steps import pack_nibbles
+from xverse.kernels.reference_few_bits import pack_nibbles
 from xverse.model.linear import Linear, StackedLinear
 from xverse.quant.scheme import Scheme
 from xverse.quant.stored_layer import (
