@@ -33,7 +33,7 @@ from xverse.engine.engine import Engine
 from xverse.engine.footprint import bytes_per_token, copy_bandwidth
 from xverse.engine.options import EngineOptions
 from xverse.engine.step import DecodeStep
-from xverse.kernels import reference_few_bits
+from xverse.kernels import reference, reference_few_bits
 from xverse.kernels.few_bits_rows_triton import embed_rows, multiply_rows, some_rows
 from xverse.kernels.few_bits_triton import one_row
 from xverse.kernels.multiply_rows_triton import Scratch
@@ -91,7 +91,8 @@ LIMIT = 3e-2 if SMALL else 5e-3  # the interpreter cuts bf16 off instead of roun
 def random_weight(outputs: int, inputs: int, scheme: Scheme, *, std: float = 0.02) -> FewBits:
     """Steps of which all are equally likely, and scales that differ; weights of about `std`."""
     if scheme.kind == "float":
-        weight = (100 * torch.randn(outputs, inputs, device=DEVICE)).to(torch.float8_e4m3fn)
+        wide = 100 * torch.randn(outputs, inputs, device=DEVICE)
+        weight = wide.clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond, it has no numbers
         spread = 100.0
     elif scheme.bits == 8:
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=DEVICE)
@@ -118,7 +119,7 @@ def random_model(shape: ModelShape, recipe: Recipe, *, std: float = 0.02) -> Dec
         if scheme is not None:
             weight = module.weight
             assert isinstance(weight, Tensor)
-            made = random_weight(*weight.shape, scheme, std=std)
+            made = random_weight(weight.shape[0], weight.shape[1], scheme, std=std)
             decoder.set_submodule(
                 name, kind_of(name)(made.weight, made.scale, None, scheme, made.zero)
             )
@@ -140,6 +141,7 @@ def dequantized(decoder: Decoder, shape: ModelShape, dtype: torch.dtype) -> Deco
             matrix = FewBits(source.weight, source.scale, source.zero)
             held.copy_(reference_few_bits.dequantize(matrix))
         else:
+            assert isinstance(source.weight, Tensor)
             held.copy_(source.weight)
     return plain
 
@@ -151,12 +153,10 @@ def exact(x: Tensor, weight: FewBits, extra: dict[str, object], *, gated: bool) 
     """In fp64, of x normalized as the kernels round it."""
     norm, residual = extra["norm"], extra["residual_TN"]
     if isinstance(norm, Norm):
-        x = reference_few_bits.reference.rms_norm(
-            x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32
-        )
+        x = reference.rms_norm(x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
     y = x.double() @ reference_few_bits.dequantize(weight).double().T
     if gated:
-        y = reference_few_bits.reference.swiglu_joined(y)
+        y = reference.swiglu_joined(y)
     return y if not isinstance(residual, Tensor) else y + residual.double()
 
 
@@ -329,14 +329,8 @@ def surroundings(product: Product, tokens: int) -> dict[str, object]:
 def call_of(job: Job, x: Tensor, extra: dict[str, object]) -> Callable[[FewBits], Tensor]:
     if isinstance(job.tile, WordsTile):
         return partial(one_row, x, tile=job.tile, pdl=not SMALL, **extra)  # type: ignore[arg-type]
-    return partial(  # type: ignore[call-arg]
-        some_rows,
-        x,
-        tile=job.tile,
-        pdl=not SMALL,
-        scratch=Scratch(),
-        **extra,  # type: ignore[arg-type]
-    )
+    more = extra | {"scratch": Scratch()}
+    return partial(some_rows, x, tile=job.tile, pdl=not SMALL, **more)  # type: ignore[arg-type]
 
 
 def compile_one(job: Job) -> None:

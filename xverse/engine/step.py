@@ -175,7 +175,7 @@ def unfit(decoder: Decoder) -> str:
     scaling = decoder.shape.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         return "Its rotary frequencies change with the length of the sequence."
-    linears = [decoder.model.embed_tokens]
+    linears: list[nn.Module] = [decoder.model.embed_tokens]
     if decoder.lm_head is not None:
         linears.append(decoder.lm_head)
     for block in decoder.model.layers:
@@ -240,7 +240,8 @@ def _ends(decoder: Decoder, rows: int) -> tuple[Matrix, Matrix]:
 
     The head in the form with more rows, if there is one, where products of so many rows like it.
     """
-    table, head = decoder.model.embed_tokens, decoder.lm_head
+    table: nn.Module = decoder.model.embed_tokens
+    head = decoder.lm_head
     wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
     if wide_VD is not None and rows > 1:
         return _matrix(table), wide_VD
@@ -248,4 +249,4 @@ def _ends(decoder: Decoder, rows: int) -> tuple[Matrix, Matrix]:
         return _matrix(table), _matrix(_own(head))
     if isinstance(table, QuantizedEmbedding):
         return table, table.as_linear()
-    return table.weight, table.weight
+    return _matrix(table), _matrix(table)
