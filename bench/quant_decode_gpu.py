@@ -91,7 +91,8 @@ LIMIT = 3e-2 if SMALL else 5e-3  # the interpreter cuts bf16 off instead of roun
 def random_weight(outputs: int, inputs: int, scheme: Scheme, *, std: float = 0.02) -> FewBits:
     """Steps of which all are equally likely, and scales that differ; weights of about `std`."""
     if scheme.kind == "float":
-        weight = (100 * torch.randn(outputs, inputs, device=DEVICE)).to(torch.float8_e4m3fn)
+        wide = 100 * torch.randn(outputs, inputs, device=DEVICE)
+        weight = wide.clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond, it has no numbers
         spread = 100.0
     elif scheme.bits == 8:
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=DEVICE)

@@ -105,7 +105,6 @@ def peft_model(shape: ModelShape, device: torch.device) -> torch.nn.Module:
         num_key_value_heads=shape.num_key_value_heads,
         max_position_embeddings=shape.max_position_embeddings,
         use_cache=False,
-        attn_implementation="sdpa",
         dtype=torch.bfloat16,
     )
     before = torch.get_default_dtype()

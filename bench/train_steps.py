@@ -32,6 +32,9 @@ NEVER = 10**9
 class Unsaved(Checkpoints):
     """Checkpoints of a run that is measured and thrown away."""
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
         pass
 

@@ -30,7 +30,7 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.multiply_rows,
         reference.add_rows,
         reference.embed_rows,
-        reference_few_bits.multiply_rows,
+        *2 * [reference_few_bits.multiply_rows],
         reference_few_bits.embed_rows,
         reference.add_norm,
         reference.swiglu_joined,
@@ -65,8 +65,14 @@ def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPa
     choice = dispatch.attend_chunks(CUDA, torch.bfloat16, fp8=True)
     assert choice.call is reference.attend_chunks
     assert "first with FP8" in choice.reason
+    choice = dispatch.multiply_few_bits(CUDA, torch.bfloat16, fp8=True)
+    assert choice.call is reference_few_bits.multiply_rows
     pytest.importorskip("triton")
     assert dispatch.attend_chunks(CUDA, torch.bfloat16).call is not reference.attend_chunks
+    choice = dispatch.multiply_few_bits(CUDA, torch.bfloat16)
+    assert choice.call is not reference_few_bits.multiply_rows
+    choice = dispatch.multiply_few_bits(CUDA, torch.float16)
+    assert "is not bfloat16" in choice.reason
 
 
 @pytest.mark.parametrize(

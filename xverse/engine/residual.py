@@ -5,6 +5,7 @@ the weights, and what stands around a product happens inside it. Beyond, it is a
 arithmetic: cuBLAS multiplies, and the sum and its norm, and SwiGLU, are one pass over memory each.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.model.decoder import Decoder
 from xverse.parallel.tensor import Reduce
 from xverse.quant.linear import QuantizedLinear
+from xverse.quant.scheme import Scheme
 
 Matrix = Tensor | QuantizedLinear  # [N, D]; as a layer it has its own bias
 
@@ -63,17 +65,18 @@ class Products(Protocol):
 
 
 class FewRows:
-    """Products of 1 to 64 rows; `quantized`: some of the weights are."""
+    """Products of 1 to 64 rows; `schemes` are those of weights that are quantized."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, rows: int, *, quantized: bool = False
+        self, device: torch.device, dtype: torch.dtype, rows: int, schemes: Collection[Scheme] = ()
     ) -> None:
         self.embed_rows = dispatch.embed_rows(device, dtype).call
         self.multiply = dispatch.multiply_rows(device, dtype, rows).call
         self.add_rows = dispatch.add_rows(device, dtype, rows).call
-        if quantized:
-            self.embed_few_bits = dispatch.embed_few_bits(device, dtype).call
-            self.multiply_few_bits = dispatch.multiply_few_bits(device, dtype).call
+        if schemes:
+            fp8 = any(scheme.kind == "float" for scheme in schemes)
+            self.embed_few_bits = dispatch.embed_few_bits(device, dtype, fp8=fp8).call
+            self.multiply_few_bits = dispatch.multiply_few_bits(device, dtype, fp8=fp8).call
 
     def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         if isinstance(table_VD, QuantizedLinear):
@@ -168,7 +171,7 @@ def few_bits(layer: QuantizedLinear) -> FewBits:
 def products(decoder: Decoder, rows: int) -> Products:
     """The products of steps of so many rows."""
     device, dtype = decoder.device, decoder.dtype
-    quantized = any(isinstance(module, QuantizedLinear) for module in decoder.modules())
-    if rows <= (FEW_BITS_ROWS if quantized else MOST_ROWS):
-        return FewRows(device, dtype, rows, quantized=quantized)
+    schemes = {m.scheme for m in decoder.modules() if isinstance(m, QuantizedLinear)}
+    if rows <= (FEW_BITS_ROWS if schemes else MOST_ROWS):
+        return FewRows(device, dtype, rows, schemes)
     return ManyRows(device, dtype)

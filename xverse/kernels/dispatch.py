@@ -71,11 +71,12 @@ def add_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
     return _product(operation, "add_rows", "residual and its squares", device, dtype)
 
 
-def multiply_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
+def multiply_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
     """The function in the place of `reference_few_bits.multiply_rows`, for up to FEW_BITS_ROWS
-    tokens; it holds memory of its own, one for each stream that runs steps."""
-    operation = "products of a decode step with quantized weights"
-    why_not = _why_no_few_bits(device, dtype)
+    tokens; it holds memory of its own, one for each stream that runs steps. `fp8`: that of weights.
+    """
+    operation = "products of a decode step with weights in " + ("FP8" if fp8 else "integers")
+    why_not = _why_no_few_bits(device, dtype, fp8=fp8)
     if why_not:
         return _plain(operation, reference_few_bits.multiply_rows, device, why_not)
     from xverse.kernels import few_bits_rows_triton
@@ -84,17 +85,17 @@ def multiply_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
     return Choice(
         operation,
-        "Triton, int8, int4 and fp8 as they are stored, fused with norm, SwiGLU and residual"
+        "Triton, as they are stored, fused with norm, SwiGLU and residual"
         + ", dependent launch" * pdl,
         f"{dtype} on CUDA, at most {FEW_BITS_ROWS} tokens; above, weights are dequantized",
         partial(few_bits_rows_triton.multiply_rows, scratch=Sums(), pdl=pdl),
     )
 
 
-def embed_few_bits(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference_few_bits.embed_rows`."""
-    operation = "embedding of a decode step with quantized vectors"
-    why_not = _why_no_few_bits(device, dtype)
+def embed_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
+    """The function in the place of `reference_few_bits.embed_rows`; `fp8`: that of the vectors."""
+    operation = "embedding of a decode step with vectors in " + ("FP8" if fp8 else "integers")
+    why_not = _why_no_few_bits(device, dtype, fp8=fp8)
     if why_not:
         return _plain(operation, reference_few_bits.embed_rows, device, why_not)
     from xverse.kernels import few_bits_rows_triton
@@ -423,6 +424,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         add_rows(device, dtype),
         embed_rows(device, dtype),
         multiply_few_bits(device, dtype),
+        multiply_few_bits(device, dtype, fp8=True),
         embed_few_bits(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
@@ -552,11 +554,11 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = Fals
     return ""
 
 
-def _why_no_few_bits(device: torch.device, dtype: torch.dtype) -> str:
+def _why_no_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool) -> str:
     """Why the Triton kernels of quantized weights do not serve here; empty where they do."""
     if dtype == torch.float16:
         return f"{dtype} is not bfloat16, whose bits are the upper half of a float's"
-    return _why_no_triton(device, dtype, fp8=True)
+    return _why_no_triton(device, dtype, fp8=fp8)
 
 
 def _why_no_links() -> str:

@@ -82,10 +82,13 @@ def _normalized(x, weight, scale, NORM: tl.constexpr):
 
 @triton.jit
 def _four_of_x(x_ptr, norm_ptr, place, inside, scale, NORM: tl.constexpr):
-    """Four columns of x, normalized if so wished; zero outside."""
-    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0))
+    """Four columns of x, each [1, BLOCK_W], normalized if so wished; zero outside.
+
+    Of two dimensions from the load on: so it is bits that go from thread to thread, not floats.
+    """
+    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0)[None, :])
     if NORM != 0:
-        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0))
+        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0)[None, :])
         a = _normalized(a, e, scale, NORM)
         b = _normalized(b, f, scale, NORM)
         c = _normalized(c, g, scale, NORM)
@@ -109,8 +112,8 @@ def _x_by_words(
     WORDS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, NORM: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """x for a block of words: four columns of each [BLOCK_W], with 4 bits four more; what
-    `_column` adds to their sum [BLOCK_W]; and the sum of x itself, as small."""
+    """x for a block of words: four columns of each [1, BLOCK_W], with 4 bits four more; what
+    `_column` adds to their sum [1, BLOCK_W]; and the sum of x itself, as small."""
     word = start + tl.arange(0, BLOCK_W)
     inside = word < WORDS
     quads: tl.constexpr = 8 // BITS  # of columns in a word
@@ -178,19 +181,30 @@ def _sums(
     """Sums [BLOCK_N, BLOCK_W / 4] of the products with all columns of four words, scaled."""
     words, scale, zero = weights
     xs, more, added, total = x
-    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added[None, :]
+    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added
     for k in tl.static_range(4):
-        sums += _column(words, k, BITS, FLOAT) * xs[k][None, :]
+        sums += _column(words, k, BITS, FLOAT) * xs[k]
     if BITS == 4:
         for k in tl.static_range(4):
-            sums += _column(words, k + 4, BITS, FLOAT) * more[k][None, :]
+            sums += _column(words, k + 4, BITS, FLOAT) * more[k]
     sums = tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_W // 4, 4]), 2)
     if ZEROS:
-        spans = tl.sum(tl.reshape(total, [BLOCK_W // 4, 4]), 1)
-        sums -= zero.to(tl.float32) * spans[None, :]
+        spans = tl.sum(tl.reshape(total, [1, BLOCK_W // 4, 4]), 2)
+        sums -= zero.to(tl.float32) * spans
     if GROUP != 0:
         sums *= scale.to(tl.float32)
     return sums
+
+
+@triton.jit
+def _ask_for(address, bytes, AT_ONCE: tl.constexpr):
+    """Have so many bytes, a multiple of 128, brought into the second-level cache meanwhile."""
+    for start in range(0, bytes, AT_ONCE * 128):
+        at = tl.minimum(start + tl.arange(0, AT_ONCE) * 128, bytes - 128)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address + at],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -200,11 +214,19 @@ def _one_row(
     INPUTS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] of one token. Next to the tile in use, the next one is always on its way."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     WORDS: tl.constexpr = INPUTS * BITS // 32
+    if AHEAD:
+        start = tl.program_id(0) * (BLOCK_N * TILES)
+        own = tl.minimum(BLOCK_N * TILES, outputs - start) * (WORDS * 4)
+        at = weight_ptr.to(tl.pointer_type(tl.int8))
+        _ask_for(at + start * (WORDS * 4), own, BLOCK_W // 4)
+        if GATED:
+            _ask_for(at + (start + outputs) * (WORDS * 4), own, BLOCK_W // 4)
     chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
     row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
     sides: tl.constexpr = 2 if GATED else 1  # gate above, up below
@@ -305,7 +327,8 @@ def one_row(
         GROUP=weight.group or (0 if zero is None else inputs), ZEROS=zero is not None,
         NORM=rounding(norm),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
-        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles, PDL=pdl,
+        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles,
+        AHEAD=tile.ahead and x_TD.is_cuda and inputs * weight.bits % 1024 == 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN

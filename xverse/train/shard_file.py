@@ -98,6 +98,6 @@ def _pieces(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Iterator
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in ordered:
         flat = tensors[name].contiguous().view(-1)
-        content = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        content = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         for start in range(0, len(content), PIECE):
             yield content[start : start + PIECE]
