@@ -35,10 +35,12 @@ from bench.record import record
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.engine import Engine
 from xverse.engine.footprint import weight_bytes
+from xverse.engine.host_table import keep_on_host
 from xverse.engine.options import EngineOptions
 from xverse.engine.paged import Paged
 from xverse.engine.request import Request, Sampling, Token
 from xverse.kernels import dispatch, multiply_rounded, reference_steps
+from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits, dequantize, pack_nibbles
 from xverse.model.catalog import CATALOG
@@ -199,6 +201,11 @@ def check(place: Place) -> Figures:
                 exact = x.double() @ exact_of(steps).T
                 name = f"{outputs} x {inputs}, {rows} rows"
                 found[name] = passed(chosen.call(x, steps), exact, 6e-3, name)
+    if not place.small:
+        table = torch.randn(1000, inputs).to(place.dtype).pin_memory()
+        ids = torch.arange(0, 999, 7, device=place.device)
+        looked_up = look_up(ids, table).cpu()
+        found["rows of the host"] = passed(looked_up, table[ids.cpu()], 0.0, "rows of the host")
     x = torch.randn(64, inputs, device=place.device, dtype=place.dtype)
     fast, twin = round_triton.round_rows(x), reference_steps.round_rows(x)
     found["rows in 8 bits: bytes apart"] = bytes_apart(fast.values, twin.values)
@@ -381,6 +388,7 @@ LINES = {
     ("xverse-7b", "bf16"): 15.2,
     ("xverse-7b", "int8"): 8.4,
     ("xverse-7b", "int4"): 5.2,
+    ("xverse-7b", "int4, embeddings on the host"): 5.2,
     ("xverse-7b", "int4, int8 embeddings"): 5.2,
     ("xverse-7b", "int4, int8 embeddings, fp8 KV"): 4.6,
     ("xverse-13b-2", "bf16"): 27.8,
@@ -399,6 +407,7 @@ def ways(name: str, place: Place) -> Iterator[tuple[str, Recipe | None, bool]]:
     yield "int4, int8 embeddings", replace(int4, embedding=small), False
     yield "int4, int8 embeddings, fp8 KV", replace(int4, embedding=small), True
     if name == "xverse-7b":
+        yield "int4, embeddings on the host", int4, False
         yield "int4, int4 head", replace(int4, head=int4.scheme), False
         yield "int8, 16-bit head", replace(int8, head=None), False
         yield "int8, int8 embeddings, fp8 KV", replace(int8, embedding=small), True
@@ -408,18 +417,27 @@ def memory(place: Place) -> Figures:
     """GiB: weights, then peaks. `decoding`: from the first new token to the last; `in all`: from
     before the engine was made, its prompt included."""
     found: Figures = {}
+    decoder: Decoder | None = None
     for name in ("xverse-7b", "xverse-13b-2"):
         for way, recipe, fp8 in ways(name, place):
-            decoder = random_model(place.shape(name), recipe, place)
-            row = decode_peaks(decoder, place, fp8=fp8)
+            try:
+                decoder = random_model(place.shape(name), recipe, place)
+                if way.endswith("on the host") and not place.small:
+                    keep_on_host(decoder)
+                row = decode_peaks(decoder, place, fp8=fp8)
+            except Exception as error:
+                traceback.print_exc()
+                found[f"{name}, {way}"] = {"failed": repr(error)}
+                continue
+            finally:
+                decoder = None
+                place.clear()
             line = LINES.get((name, way))
             verdict = "" if line is None else f"  line {line}"
             if line is not None and float(row["decoding"]) > line:
                 verdict += "  ABOVE THE LINE"
             found[f"{name}, {way}"] = row | ({} if line is None else {"line": line})
             print(f"  {name:13} {way:40} {row}{verdict}", flush=True)
-            del decoder
-            place.clear()
     return found
 
 

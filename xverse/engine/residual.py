@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xverse.kernels import dispatch
+from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits
 from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
@@ -126,7 +127,7 @@ class ManyRows:
     def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         if isinstance(table_VD, QuantizedLinear):
             return Residual(table_VD(ids_T))
-        return Residual(functional.embedding(ids_T, table_VD))
+        return Residual(look_up(ids_T, table_VD))
 
     def read(
         self,

@@ -36,11 +36,11 @@ class LocalDoor:
     def __init__(self, llm: LLM, **facts: object) -> None:
         """`facts` are added to what a report says of the model, for instance how it is rounded."""
         self.llm = llm
-        gpu = llm.decoder.model.embed_tokens.weight.device.type == "cuda"
+        gpu = llm.decoder.device.type == "cuda"
         self.batch = 512 if gpu else 64
         # Not what memory has room for, which is another number on another day.
         self.context = llm.context
-        dtype = str(llm.decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        dtype = str(llm.decoder.dtype).removeprefix("torch.")
         backend = llm.tokenizer.backend.to_str()
         self.facts: Mapping[str, object] = {
             "model": llm.title,

@@ -109,11 +109,11 @@ def _embed_rows(
 def embed_rows(ids_T: Tensor, table_VD: Tensor, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """Rows `ids` (int64) of the table, and their squares [T, 1] fp32. Twin: `reference.embed_rows`.
 
-    Ids are not checked: they are the decoder's own choices.
+    Ids are not checked: they are the decoder's own choices. The table may lie in the host's memory.
     """
     tokens, inputs = ids_T.shape[0], table_VD.shape[1]
-    x_TD = table_VD.new_empty(tokens, inputs)
-    squares_TP = torch.empty(tokens, 1, device=table_VD.device)
+    x_TD = table_VD.new_empty(tokens, inputs, device=ids_T.device)
+    squares_TP = torch.empty(tokens, 1, device=ids_T.device)
     block = triton.next_power_of_2(inputs)
     _embed_rows[(tokens,)](
         ids_T, table_VD, x_TD, squares_TP,

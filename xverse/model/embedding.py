@@ -3,11 +3,15 @@
 from torch import Tensor, nn
 
 from xverse.kernels import multiply
+from xverse.kernels.look_up import look_up
 from xverse.model.linear import Linear
 
 
 class Embedding(nn.Embedding):
     """One row for each token; weight [V, D]. A quantized one may stand in its place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return look_up(input, self.weight)
 
     def project(self, x_TD: Tensor) -> Tensor:
         """Scores of every row, [T, V]: what a tied head computes."""
