@@ -9,8 +9,9 @@
     calibrate  30 s   GPTQ of 7B, 128 x 2,048 tokens: three blocks, from which the rest is computed;
                       with --full all of them
 
-Seconds are guesses, compiling included. Weights are random, made on the device as they are stored. `--small` goes the
-same way with a tiny shape on a CPU, kernels in Triton's interpreter if TRITON_INTERPRET is 1.
+Seconds are guesses, compiling included. Weights are random, made on the device as they are stored.
+`--small` goes the same way with a tiny shape on a CPU, kernels in Triton's interpreter if
+TRITON_INTERPRET is 1 (which rounds fp8 wrongly: there norm and swiglu of `check` are FAILED).
 Each section leaves what it found in $OUT, if that is set, before the next begins.
 """
 
