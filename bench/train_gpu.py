@@ -124,7 +124,7 @@ def full(bench: Bench) -> dict[str, Any]:
     steps = args.warm + args.tuning_steps
     options = training(steps, row, args.rows4096, args.passes4096, compile=args.compile)
     decoder = fresh(bench.shape, options, bench.ranks)
-    text = bench.text("lessons", bench.shape).fitting(row)
+    text = bench.text("lessons", bench.shape).fitting(min(row, 1024))
     timed = timed_run(decoder, options, text, bench.ranks, warm=args.warm, lessons=True)
     found = figures(timed, decoder, options, bench.device)
     peak = flops.peak(bench.device)

@@ -59,9 +59,9 @@ class Text(NamedTuple):
         lengths = self.lengths().astype(np.float64)
         return float((lengths**2).sum() / lengths.sum())
 
-    def fitting(self, row_tokens: int) -> Self:
-        """Without documents that are longer than a row: of an answer no part is left out."""
-        return self._part([n - 1 <= row_tokens for n in self.lengths()], self.lengths())
+    def fitting(self, most: int) -> Self:
+        """Without documents of more inputs than that: of an answer no part is left out."""
+        return self._part(self.lengths() - 1 <= most, self.lengths())
 
     def in_rows(self, row_tokens: int) -> Self:
         """Every document cut off where its last whole row ends, so that all rows are full."""

@@ -245,3 +245,35 @@ def test_documents_in_a_row_do_not_see_each_other() -> None:
         alone += pretrain(decoder, one, 1).loss.item()
         start += length
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_what_a_save_reads_is_changed_by_updates_alone_and_after_it_was_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a save still copies when the next step begins."""
+    run = tiny_run(tmp_path, options(keep=Keeping(save_every=3)))
+    told: list[str] = []
+    before: dict[str, torch.Tensor] = {}
+    save, hold, update = run.checkpoints.save, run.checkpoints.hold, run.optimizer.update
+
+    def saved(step: int, tensors: dict[str, torch.Tensor], facts: dict[str, object]) -> None:
+        told.append("save")
+        before.update({name: tensor.clone() for name, tensor in tensors.items()})
+        save(step, tensors, facts)
+
+    def held() -> None:
+        told.append("hold")
+        now = run.optimizer.tensors()
+        assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+        before.clear()
+        hold()
+
+    def updated(number: int, rate: float, scale: float) -> None:
+        told.append("update")
+        update(number, rate, scale)
+
+    monkeypatch.setattr(run.checkpoints, "save", saved)
+    monkeypatch.setattr(run.checkpoints, "hold", held)
+    monkeypatch.setattr(run.optimizer, "update", updated)
+    assert run.run(Stop()) == "done"
+    assert told == (["hold", "update"] * 3 + ["save"]) * 4

@@ -17,6 +17,7 @@ from xverse.kernels.attend import attend_offsets, attend_rows, attend_sequence
 from xverse.kernels.attend_cpu import store_attend
 from xverse.model.shape import ModelShape
 
+LONGEST = 1024  # least that is said of the longest of packed documents; idle blocks cost little
 ROOM = 128  # tokens that the first slab has room for beyond the prompt
 
 
@@ -52,7 +53,7 @@ class Packed:
         elif self._call is attend_offsets:
             offsets = torch.tensor([0, *accumulate(self.documents)], dtype=torch.int32)
             # A power of two, so that compiled code is not made anew for each longest document.
-            longest = 1 << (max(self.documents) - 1).bit_length()
+            longest = max(LONGEST, 1 << (max(self.documents) - 1).bit_length())
             self._cut = (offsets.to(self.device, non_blocking=True), longest)
 
     def positions(self) -> Tensor:

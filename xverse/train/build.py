@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.attention.varlen  # which makes its operator known to torch.ops
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (
@@ -57,6 +58,7 @@ KEPT = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._flash_attention_forward.default,
+    torch.ops.torch_attn._varlen_attn.default,
 )
 
 
