@@ -60,12 +60,23 @@ def quantize_ends(decoder: Decoder, recipe: Recipe, method: Method) -> dict[str,
     return errors
 
 
-def quantize_module(name: str, module: nn.Module, recipe: Recipe) -> nn.Module:
-    """What `quantize` makes of the module `name` of a decoder; for one that is being loaded."""
+def quantize_module(
+    name: str, module: nn.Module, recipe: Recipe, *, search: bool = False
+) -> nn.Module:
+    """What `quantize` makes of the module `name` of a decoder; for one that is being loaded.
+
+    Each weight goes to the nearest step; with `search`, of the scales that suit the weights best.
+    """
     if isinstance(module, QuantizedLinear):
         raise quantized_already()
     scheme = recipe.scheme_of(name, module)
-    return module if scheme is None else rounded_layer(name, module, scheme)
+    if scheme is None:
+        return module
+    if not search:
+        return rounded_layer(name, module, scheme)
+    weight = module.weight
+    assert isinstance(weight, Tensor), "a layer that has a scheme has a weight"
+    return kind_of(name).of_rounded(module, searched(weight.detach(), scheme), scheme)
 
 
 def rounded_layer(name: str, module: nn.Module, scheme: Scheme) -> QuantizedLinear:

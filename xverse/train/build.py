@@ -145,7 +145,7 @@ def quantized_base(folder: Path, method: str) -> XverseError:
 def _rounding(shape: ModelShape, integers: str) -> load.Keep:
     """What rounds the linear layers of the blocks; head and embedding stay as they are."""
     recipe = Recipe(Recipe.of(integers).fitting(shape).scheme)
-    return lambda _shape, name, module: quantize_module(name, module, recipe)
+    return lambda _shape, name, module: quantize_module(name, module, recipe, search=True)
 
 
 def _plain_ends(decoder: Decoder) -> Decoder:
