@@ -7,11 +7,13 @@ import torch
 
 from tests.train.tiny import tiny_decoder
 from xverse.errors import XverseError
+from xverse.kernels import dispatch
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.quantize import quantize
 from xverse.train import lora
+from xverse.train.build import compiled
 from xverse.train.tuning import Lora
 
 MIXTURE = {"num_experts": 4, "moe_top_k": 2, "num_shared_experts": 1}
@@ -127,3 +129,24 @@ def test_what_cannot_be_is_told() -> None:
     quantized = quantize(tiny_decoder().requires_grad_(False), "int8")
     with pytest.raises(XverseError, match="quantized"):
         lora.merge_adapters(lora.add_lora(quantized, Lora()))
+
+
+def test_compiled_blocks_choose_no_kernels_of_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block's input has no gradient, and an evaluation's has none at all."""
+
+    def chosen(*_: object) -> None:
+        raise AssertionError("a kernel without a gradient was chosen in compiled code")
+
+    torch._dynamo.reset()
+    decoder = lora.add_lora(quantize(tiny_decoder(), "int4"), Lora())
+    wanted = logits(decoder).detach()
+    compiled(decoder, backend="eager")
+    monkeypatch.setattr(dispatch, "multiply_steps", chosen)
+    ids, kv = torch.arange(24) * 7 % 64, Packed((10, 14))
+    found = decoder.hidden(ids, kv.positions(), kv)
+    found.sum().backward()
+    with torch.no_grad():
+        again = decoder.hidden(ids, kv.positions(), kv)
+    monkeypatch.undo()
+    torch.testing.assert_close(decoder.logits(found.detach()), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again, found.detach(), atol=1e-5, rtol=1e-5)

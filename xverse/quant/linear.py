@@ -160,7 +160,9 @@ class QuantizedLinear(nn.Module):
         """x @ w.T + bias; of a stack, by the layer of that expert."""
         if self.order is not None:
             x_TD = x_TD[..., self.order]
-        if torch.is_grad_enabled() and x_TD.requires_grad:
+        # Compiled training calls what the compiler leaves alone, and not kernels chosen on the way.
+        learning = torch.is_grad_enabled() and x_TD.requires_grad
+        if learning or torch.compiler.is_compiling():
             y_TN = gradient.multiply(self, x_TD, expert)
         else:
             weight, flat_TD = self.few_bits(expert), x_TD.flatten(0, -2)
