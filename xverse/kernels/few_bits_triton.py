@@ -82,10 +82,13 @@ def _normalized(x, weight, scale, NORM: tl.constexpr):
 
 @triton.jit
 def _four_of_x(x_ptr, norm_ptr, place, inside, scale, NORM: tl.constexpr):
-    """Four columns of x, normalized if so wished; zero outside."""
-    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0))
+    """Four columns of x, each [1, BLOCK_W], normalized if so wished; zero outside.
+
+    Of two dimensions from the load on: so it is bits that go from thread to thread, not floats.
+    """
+    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0)[None, :])
     if NORM != 0:
-        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0))
+        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0)[None, :])
         a = _normalized(a, e, scale, NORM)
         b = _normalized(b, f, scale, NORM)
         c = _normalized(c, g, scale, NORM)
@@ -109,8 +112,8 @@ def _x_by_words(
     WORDS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, NORM: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """x for a block of words: four columns of each [BLOCK_W], with 4 bits four more; what
-    `_column` adds to their sum [BLOCK_W]; and the sum of x itself, as small."""
+    """x for a block of words: four columns of each [1, BLOCK_W], with 4 bits four more; what
+    `_column` adds to their sum [1, BLOCK_W]; and the sum of x itself, as small."""
     word = start + tl.arange(0, BLOCK_W)
     inside = word < WORDS
     quads: tl.constexpr = 8 // BITS  # of columns in a word
@@ -178,16 +181,16 @@ def _sums(
     """Sums [BLOCK_N, BLOCK_W / 4] of the products with all columns of four words, scaled."""
     words, scale, zero = weights
     xs, more, added, total = x
-    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added[None, :]
+    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added
     for k in tl.static_range(4):
-        sums += _column(words, k, BITS, FLOAT) * xs[k][None, :]
+        sums += _column(words, k, BITS, FLOAT) * xs[k]
     if BITS == 4:
         for k in tl.static_range(4):
-            sums += _column(words, k + 4, BITS, FLOAT) * more[k][None, :]
+            sums += _column(words, k + 4, BITS, FLOAT) * more[k]
     sums = tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_W // 4, 4]), 2)
     if ZEROS:
-        spans = tl.sum(tl.reshape(total, [BLOCK_W // 4, 4]), 1)
-        sums -= zero.to(tl.float32) * spans[None, :]
+        spans = tl.sum(tl.reshape(total, [1, BLOCK_W // 4, 4]), 2)
+        sums -= zero.to(tl.float32) * spans
     if GROUP != 0:
         sums *= scale.to(tl.float32)
     return sums
@@ -200,73 +203,75 @@ def _one_row(
     INPUTS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of one token. Next to the tile in use, the next one is always on its way."""
+    """y [N] of one token, TILES of BLOCK_N outputs a program.
+
+    Block of words by block of words, tile by tile, and gate before up. AHEAD tiles of weights are
+    on their way, the first ones before x is there. All is unrolled: across the end of a loop the
+    assembler asks for weights late, to save registers.
+    """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     WORDS: tl.constexpr = INPUTS * BITS // 32
-    chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
-    row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
-    sides: tl.constexpr = 2 if GATED else 1  # gate above, up below
-    rows = outputs * sides
-    weights = _weights(
-        weight_ptr, scale_ptr, zero_ptr, row, rows, 0, WORDS, BITS, GROUP, ZEROS, BLOCK_W
-    )
-    if GATED:
-        weights_up = _weights(
-            weight_ptr, scale_ptr, zero_ptr, row + outputs, rows, 0,
+    sides: tl.constexpr = 2 if GATED else 1
+    each: tl.constexpr = TILES * sides
+    steps: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W * each
+    first = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
+    coming = ()
+    for step in tl.static_range(AHEAD):
+        row = first + step % each // sides * BLOCK_N + step % sides * outputs
+        found = _weights(
+            weight_ptr, scale_ptr, zero_ptr, row, outputs * sides, step // each * BLOCK_W,
             WORDS, BITS, GROUP, ZEROS, BLOCK_W,
         )  # fmt: skip
+        coming = coming + (found,)
     wait_for_input(PDL)
 
     factor = _norm_scale(x_ptr, eps, INPUTS, NORM, 256)
-    if chunks == 1:
-        x = _x_by_words(x_ptr, norm_ptr, 0, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
-    for tile in tl.static_range(TILES):
-        sums = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
-        sums_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
-        # Unrolled: across the end of a loop the assembler asks for weights late, to save registers.
-        for chunk in tl.static_range(chunks):
-            now = weights
-            if GATED:
-                now_up = weights_up
-            if chunk + 1 < chunks or tile + 1 < TILES:
-                if chunk + 1 < chunks:
-                    next_row, start = row, (chunk + 1) * BLOCK_W
-                else:
-                    next_row, start = row + BLOCK_N, 0
-                weights = _weights(
-                    weight_ptr, scale_ptr, zero_ptr, next_row, rows, start,
-                    WORDS, BITS, GROUP, ZEROS, BLOCK_W,
-                )  # fmt: skip
-                if GATED:
-                    weights_up = _weights(
-                        weight_ptr, scale_ptr, zero_ptr, next_row + outputs, rows, start,
-                        WORDS, BITS, GROUP, ZEROS, BLOCK_W,
-                    )  # fmt: skip
-            if chunks > 1:
-                x = _x_by_words(
-                    x_ptr, norm_ptr, chunk * BLOCK_W, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W
-                )
-            sums += _sums(now, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
-            if GATED:
-                sums_up += _sums(now_up, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
+    x = _x_by_words(x_ptr, norm_ptr, 0, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
+    sums = ()
+    for step in tl.static_range(steps):
+        if step % each == 0 and step > 0:
+            start = step // each * BLOCK_W
+            x = _x_by_words(x_ptr, norm_ptr, start, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
+        now = coming[0]
+        coming = coming[1:]
+        if step + AHEAD < steps:
+            row = first + (step + AHEAD) % each // sides * BLOCK_N
+            row += (step + AHEAD) % sides * outputs
+            found = _weights(
+                weight_ptr, scale_ptr, zero_ptr, row, outputs * sides,
+                (step + AHEAD) // each * BLOCK_W, WORDS, BITS, GROUP, ZEROS, BLOCK_W,
+            )  # fmt: skip
+            coming = coming + (found,)
+        more = _sums(now, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
+        if step < each:
+            sums = sums + (more,)
+        else:
+            sums = sums[1:] + (sums[0] + more,)
 
+    for tile in tl.static_range(TILES):
+        row = first + tile * BLOCK_N
         live = row < outputs
-        y = tl.sum(sums, 1) / LOW
-        if GROUP == 0:
-            y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
+        y = _summed(sums[tile * sides], scale_ptr, row, live, GROUP)
         y = rounded(y, bias_ptr, row, live, dtype, BIASED)
         if GATED:
-            up = tl.sum(sums_up, 1) / LOW
-            if GROUP == 0:
-                up *= tl.load(scale_ptr + row + outputs, live, 0.0).to(tl.float32)
+            up = _summed(sums[tile * sides + 1], scale_ptr, row + outputs, live, GROUP)
             up = rounded(up, bias_ptr, row + outputs, live, dtype, BIASED)
             y = swiglu(y, up, dtype)
         if RESIDUAL:
             y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
         tl.store(out_ptr + row, y.to(dtype), live)
-        row += BLOCK_N
+
+
+@triton.jit
+def _summed(sums, scale_ptr, row, live, GROUP: tl.constexpr):
+    """The sum of each row in full size, and scaled where that was not done before."""
+    y = tl.sum(sums, 1) / LOW
+    if GROUP == 0:
+        y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
+    return y
 
 
 def one_row(
@@ -305,7 +310,9 @@ def one_row(
         GROUP=weight.group or (0 if zero is None else inputs), ZEROS=zero is not None,
         NORM=rounding(norm),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
-        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles, PDL=pdl,
+        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles,
+        AHEAD=min(tile.ahead, triton.cdiv(words_ND.shape[1], tile.words) * tile.tiles * sides),
+        PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN

@@ -37,12 +37,13 @@ class RowsTile(NamedTuple):
 
 class WordsTile(NamedTuple):
     """The cut of one token's product with few bits: outputs, and words of 32 bits, a tile; tiles a
-    program; warps."""
+    program; warps; tiles that are on their way (gate and up are two)."""
 
     outputs: int
     words: int
     tiles: int = 1
     warps: int = 4
+    ahead: int = 2
 
 
 class FewBitsRowsTile(NamedTuple):
