@@ -271,13 +271,14 @@ def check_engine(size: int) -> dict[str, object]:
             expected, found = one.generate(prompts, sampling), spread.generate(prompts, sampling)
             same = [a.tokens == b.tokens for a, b in zip(found, expected, strict=True)]
             facts[f"{dtype}, equal answers of {len(same)}"] = sum(same)
+            print(facts, flush=True)
             assert all(same) or dtype != "float32", "in fp32 no two logits are that close"
             spread.close()
-        # Memory as the engines find it, every step captured, more rows than one kernel sums.
+        # Memory as the engines find it, and more rows than one kernel sums.
         spread = LLM(path, device="cuda", tensor_parallel=size, speculate=8)
         assert isinstance(spread.engine, SpreadEngine)
-        spread.engine.prepare()
         facts["kv_tokens"] = spread.engine.capacity
+        print(facts, flush=True)
         many = [f"{prompt} {i}" for i in range(12) for prompt in prompts]
         assert all(len(answer.tokens) == 48 for answer in spread.generate(many, sampling))
         random = Sampling(temperature=1.0, max_tokens=48, ignore_eos=True)

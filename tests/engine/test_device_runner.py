@@ -18,6 +18,7 @@ from xverse.engine.request import Failed, Request, Sampling, Scores, Token
 from xverse.engine.runner import PlainRunner
 from xverse.engine.simple import decode
 from xverse.errors import XverseError
+from xverse.model.cache import Packed
 from xverse.model.fuse import fuse
 
 
@@ -230,3 +231,35 @@ def test_a_long_prompt_is_attended_to_as_a_whole() -> None:
             if isinstance(output, Token):
                 found.setdefault(output.request, []).append(output.id)
     assert found == {numbers[0]: plain_answer(ids, 10)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_are_read_a_step_late_however_prompts_are_cut(seed: int) -> None:
+    """A prompt's last chunk may be under way when the one before it lands: it has not ended then.
+    Pages are few, so that some are taken back meanwhile."""
+    chance = random.Random(seed)
+    it = engine(kv_tokens=100, max_running=5, step_tokens=5 + chance.randint(0, 9))
+    stem = tuple(chance.randrange(VOCAB) for _ in range(17))
+    asked: dict[int, Request] = {}
+    for _ in range(40):
+        rest = tuple(chance.randrange(VOCAB) for _ in range(chance.randint(1, 12)))
+        ids, labels = stem[: chance.randint(0, 17)] + rest, (chance.randrange(VOCAB), 3, 5)
+        request = Request(ids, None if chance.random() < 0.8 else greedy(9), labels=labels)
+        if request.sampling is not None:
+            request = Request(ids, request.sampling)
+        asked[it.add(request)] = request
+    found: dict[int, Scores] = {}
+    while it.busy:
+        for output in it.step():
+            if isinstance(output, Scores):
+                assert output.request not in found
+                found[output.request] = output
+        it.scheduler.check()
+    wanted = {number: request for number, request in asked.items() if request.labels}
+    assert it.scheduler.preempted or it.scheduler.reused_tokens
+    assert found.keys() == wanted.keys()
+    for number, request in wanted.items():
+        kv = Packed([len(request.ids)])
+        logits_TV = tiny_decoder()(torch.tensor(request.ids), kv.positions(), kv)
+        expected = logits_TV[-1].log_softmax(-1)[list(request.labels)].tolist()
+        assert list(found[number].labels) == pytest.approx(expected, abs=1e-3)

@@ -1,16 +1,22 @@
 """LLM: batches answer as solo, streams join, stops and limits hold, greedy as transformers."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import xverse.engine.llm as llm_module
 from tests.tiny_model import CANARY, write_published_folder
 from xverse import LLM, Sampling, XverseError
+from xverse.checkpoint.load import load
 from xverse.engine.simple import decode
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
+from xverse.quant.quantize import quantize_module
+from xverse.quant.recipe import Recipe
 
 PROMPTS = ["Hello", "The 1 and 2", "北京的天气", "a", "Tell me (now), please: is it so?", "x" * 40]
 
@@ -37,6 +43,16 @@ def test_a_batch_gives_each_prompt_its_solo_answer(llm: LLM, sampling: Sampling)
     alone = [llm.generate(prompt, sampling) for prompt in PROMPTS]
     assert together == alone * 4
     assert len({answer.tokens for answer in alone}) == len(PROMPTS)
+
+
+def test_a_loaded_model_is_taken_as_it_is(folder: Path, llm: LLM) -> None:
+    model = load(folder, dtype="float32")
+    it = LLM(model)
+    assert it.model is model
+    assert it.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
+    for settled in ({"dtype": "bfloat16"}, {"device": "cpu"}, {"tensor_parallel": 2}):
+        with pytest.raises(XverseError, match="settled when it was loaded"):
+            LLM(model, **settled)  # type: ignore[arg-type]
 
 
 def test_in_bf16_too(folder: Path) -> None:
@@ -221,6 +237,24 @@ def test_quantized_llm_answers(folder: Path) -> None:
         assert len(small.generate("Hello", GREEDY).tokens) == 24
     with pytest.raises(XverseError):
         LLM(folder, quantize=3)
+
+
+def test_a_layer_is_rounded_before_the_next_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a device need not hold the model as it was."""
+    read: list[weakref.ref[object]] = []
+
+    def watched(name: str, module: nn.Module, recipe: Recipe) -> nn.Module:
+        assert [ref() for ref in read if ref() is not None] == []
+        made = quantize_module(name, module, recipe)
+        if made is not module:
+            read.append(weakref.ref(module.weight))
+        return made
+
+    monkeypatch.setattr(llm_module, "quantize_module", watched)
+    small = LLM(folder, dtype="float32", quantize=8)
+    assert len(read) == 7 * small.decoder.shape.num_hidden_layers
 
 
 def test_nothing_in_the_folder_was_run(llm: LLM, folder: Path) -> None:

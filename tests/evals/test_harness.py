@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.evals.fake import FakeDoor, own_questions
 from tests.tiny_model import write_published_folder
 from xverse.errors import XverseError
+from xverse.evals.door import Ask, Prompt, Reading
 from xverse.evals.evaluate import ITEMS, evaluate
 from xverse.evals.harness import Options, run_tasks
 from xverse.evals.item import Item, Task
@@ -142,3 +145,44 @@ def test_limits_draw_the_same_questions_by_the_seed(tmp_path: Path) -> None:
     for bad in ({"limit": 0}, {"shots": -1}):
         with pytest.raises(XverseError, match="cannot be"):
             Options(**bad)
+
+
+class _TokenizingDoor(FakeDoor):
+    """Answers a batch only when the prompts of the next one have been tokenized."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.batch = 4
+        self.come = [threading.Event() for _ in range(batches)]
+        self.read_batches = 0
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        if threading.current_thread() is not threading.main_thread():
+            next(event for event in self.come if not event.is_set()).set()
+        return super().lengths(prompts)
+
+    def read(self, asks: Sequence[Ask], namespace: str) -> list[Reading]:
+        self.read_batches += 1
+        assert all(event.wait(60) for event in self.come[: self.read_batches + 1])
+        assert not any(event.is_set() for event in self.come[self.read_batches + 1 :])
+        return super().read(asks, namespace)
+
+
+def test_the_next_questions_are_tokenized_while_these_are_asked(tmp_path: Path) -> None:
+    own = str(own_questions(tmp_path, 18))
+    door = _TokenizingDoor(5)
+    evaluate(door, own, out=tmp_path / "a", data=tmp_path, plots=False)
+    assert door.read_batches == 5
+    whole = FakeDoor()
+    whole.batch = 4
+    evaluate(whole, own, out=tmp_path / "b", data=tmp_path, plots=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_what_cannot_be_tokenized_ends_the_run(tmp_path: Path) -> None:
+    class Door(FakeDoor):
+        def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+            raise XverseError("The text can't be encoded.", "It is no text.", "Give another.")
+
+    with pytest.raises(XverseError, match="can't be encoded"):
+        evaluate(Door(), str(own_questions(tmp_path)), out=tmp_path / "out", data=tmp_path)

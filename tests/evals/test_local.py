@@ -73,6 +73,27 @@ def test_shared_beginnings_are_computed_once(door: LocalDoor) -> None:
     assert door.llm.engine.scheduler.reused_tokens - before >= 4 * 64  # type: ignore[union-attr]
 
 
+def test_beginnings_of_what_is_written_are_read_once(door: LocalDoor) -> None:
+    scheduler = door.llm.engine.scheduler  # type: ignore[union-attr]
+    before = scheduler.reused_tokens
+    stem = "A long beginning that is the same for all of them. " * 2
+    prompts = [Prompt(f"{stem}{n}") for n in range(4)]
+    together = door.write(prompts, 4, (), "written")
+    assert scheduler.reused_tokens - before >= 4 * 64
+    assert together == [door.write([p], 4, (), f"alone {p.text[-1]}")[0] for p in prompts]
+
+
+def test_the_latest_prompts_stay_tokenized(folder: Path) -> None:
+    """However many came before; a batch is planned while the next one is tokenized."""
+    it = LocalDoor(LLM(folder, dtype="float32"))
+    it.batch = 4
+    for start in range(0, 400, 4):
+        it.lengths([Prompt(f"{start + n} and {n}") for n in range(4)])
+        kept = [Prompt(f"{n} and {n % 4}") for n in range(max(0, start - 28), start + 4)]
+        assert all(prompt in it._ids for prompt in kept)
+    assert len(it._ids) <= 17 * it.batch
+
+
 def test_greedy_is_what_would_be_written(door: LocalDoor) -> None:
     (written,) = door.write([Prompt("The cat")], 3, (), "w")
     right = Ask(Prompt("The cat"), (written,), greedy=True)

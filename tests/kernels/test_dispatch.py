@@ -16,6 +16,7 @@ from xverse.kernels import (
     reference_few_bits,
     reference_packed,
     reference_sample,
+    reference_steps,
     reference_train,
 )
 
@@ -45,6 +46,9 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference_sample.count_rows,
         reference_experts.mixture_rows,
         reference_experts.mix_experts,
+        *6 * [reference_steps.multiply_steps],
+        reference_steps.add_norm_rounded,
+        reference_steps.swiglu_rounded,
         reference.add_parts,
         reference.gather_columns,
         *calls[-2:],

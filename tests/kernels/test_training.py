@@ -1,9 +1,13 @@
 """The arithmetic of training: what is fused, chunked or 8 bits wide against its specification."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from xverse.kernels import attend, multiply_fp8, reference, reference_train
+from xverse.kernels import attend, multiply_fp8, reference, reference_train, score
 from xverse.kernels.reference_train import AdamW
 from xverse.kernels.score import cross_entropy
 from xverse.model.cache import Packed
@@ -154,3 +158,81 @@ def test_linear_layers_in_eight_bits() -> None:
     )
     exact = x_TD @ w_ND.T
     assert ((y_TN - exact).norm() / exact.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "apart"), [(100, 128), (97, 97), (9000, 9024)])
+def test_the_loss_on_a_gpu_is_the_specification(
+    dtype: torch.dtype, columns: int, apart: int
+) -> None:
+    pytest.importorskip("triton")
+    from xverse.kernels import score_triton
+
+    torch.manual_seed(5)
+    room = torch.full((6, apart), float("nan"), dtype=dtype)  # padding has anything in it
+    logits_TV = room[:, :columns]
+    logits_TV.copy_(torch.randn(6, columns) * 20)
+    targets_T = torch.tensor([0, columns - 1, 5, 7, 9, 50])
+    mask_T = torch.tensor([True, True, False, True, True, True])
+    wanted = reference_train.score_logits(logits_TV.clone(), targets_T, mask_T, 1e-2)
+    found = score_triton.score_logits(logits_TV, targets_T, mask_T, 1e-2)
+    assert found[2].data_ptr() == room.data_ptr()  # in place
+    for ours, specified in zip(found, wanted, strict=True):
+        tolerance = 2**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, specified, atol=1e-5, rtol=tolerance)
+    if apart > columns:
+        assert not room[:, columns:].any()  # as products that read it whole need
+
+
+def test_a_last_row_that_ends_the_memory_is_not_read_beyond() -> None:
+    pytest.importorskip("triton")
+    from xverse.kernels import score_triton
+
+    room = torch.randn(256)
+    inner, last = (room.as_strided((1, 100), (128, 1), place) for place in (100, 156))
+    assert score_triton._readable(inner) == 128
+    assert score_triton._readable(last) == 100
+    before = room[:156].clone()
+    wanted = reference_train.score_logits(last.clone(), torch.tensor([3]), torch.tensor([True]), 0)
+    found = score_triton.score_logits(last, torch.tensor([3]), torch.tensor([True]), 0.0)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(room[:156], before)
+
+
+def test_rows_of_logits_are_even_and_fit() -> None:
+    assert score.chunk_rows(16384, 100534, in_place=True) == 4096
+    assert score.chunk_rows(16384, 100534, in_place=False) == 2560
+    assert score.chunk_rows(70, 50, in_place=False) == 256
+    for tokens in (1, 255, 5000, 8192, 30000):
+        rows = score.chunk_rows(tokens, 100534, in_place=True)
+        assert rows % score.STEP == 0
+        assert rows * 100534 <= 2 * score.LOGITS
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_head_made_wider_gives_the_same_loss(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """As on a GPU, where rows of zeros make products of round sizes."""
+
+    def scorer(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, z_loss, gradient = reference_train.score_logits(logits.clone(), *others)
+        if not in_place:
+            return loss, z_loss, gradient
+        logits.as_strided((len(logits), 1024), (1024, 1)).zero_()
+        return loss, z_loss, logits.copy_(gradient)
+
+    torch.manual_seed(0)
+    x_TD, head_VD = (torch.randn(rows, 32, requires_grad=True) for rows in (300, 1006))
+    targets_T, mask_T = torch.randint(0, 1006, (300,)), torch.rand(300) > 0.3
+    found = []
+    for wider in (0, 18):
+        monkeypatch.setattr(
+            score, "_wide", lambda head, more=wider: functional.pad(head, (0, 0, 0, more))
+        )
+        loss, _ = cross_entropy(
+            x_TD, head_VD, targets_T, mask_T, z_factor=1e-3, rows=256,
+            scorer=scorer if wider else None,
+        )  # fmt: skip
+        found.append((loss, *torch.autograd.grad(loss, (x_TD, head_VD))))
+    torch.testing.assert_close(found[0], found[1])

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from tests.train.tiny import answer_loader, options, tiny_decoder, tiny_run, tiny_shape
+from xverse.parallel.axes import Axes
 from xverse.parallel.ranks import Ranks
 from xverse.quant.quantize import quantize
 from xverse.train import build
 from xverse.train.lora import add_lora
-from xverse.train.options import Axes, Computing, Keeping, Training, Updating
+from xverse.train.options import Computing, Keeping, Training, Updating
 from xverse.train.stop import Stop
 from xverse.train.tuning import Lora
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from xverse.errors import XverseError
+from xverse.kernels.reference_steps import pack_nibbles, unpack_nibbles
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
 from xverse.model.linear import Linear
 from xverse.model.shape import ModelShape
-from xverse.quant.linear import QuantizedLinear, pack_nibbles, unpack_nibbles
+from xverse.quant.linear import QuantizedLinear
 from xverse.quant.quantize import quantize
 from xverse.quant.scheme import Scheme
 

@@ -57,15 +57,16 @@ def test_recompute_keeps_less() -> None:
     assert full < none / 2
 
 
-def test_compiled_blocks_share_their_code() -> None:
-    """12 blocks are compiled once: a handful of graphs, and not 12 times as many."""
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_share_their_code(recompute: str) -> None:
+    """12 blocks are compiled once: a handful of graphs, and not 12 times as many, nor none."""
     import torch._dynamo
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     counter = CompileCounter()
     decoder = build.fresh(tiny_shape(num_hidden_layers=12), options(), ALONE)
-    build.compiled(decoder, backend=counter)
+    build.compiled(build.recompute(decoder, recompute), backend=counter)
     ids, positions = torch.zeros(64, dtype=torch.int64), torch.arange(64)
     for _ in range(2):
         decoder.hidden(ids, positions, Packed((64,))).sum().backward()

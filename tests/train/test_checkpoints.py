@@ -109,7 +109,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew_unasked(tmp_path: Path)
 def test_a_save_on_a_full_disk_fails_aloud_and_harms_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    """The disk is full from the n-th sync or rename on; the first is inside PyTorch's writer."""
+    """The disk is full from the n-th sync or rename on; the first is that of the tensors."""
     save(tmp_path, 1)
     calls = 0
 

@@ -20,7 +20,7 @@ def test_operations_of_a_token_are_the_specifications() -> None:
 
 def test_states_of_a_7b_are_the_known_ones() -> None:
     shape = CATALOG["xverse-7b"]
-    training = options(rows_per_pass=1, rows_per_step=1)
+    training = options(rows_per_pass=1, rows_per_step=8)
     rich = predict.memory(shape, training, dtype="bfloat16", ranks=1)
     states = rich.weights + rich.masters + rich.moments + rich.gradients
     assert states == 16 * shape.num_parameters
@@ -33,6 +33,26 @@ def test_states_of_a_7b_are_the_known_ones() -> None:
     spread = predict.memory(shape, training, dtype="bfloat16", ranks=4)
     assert spread.moments == pytest.approx(rich.moments / 4, rel=1e-6)
     assert spread.gathered > 0
+
+
+def test_gradients_of_one_pass_come_as_activations_go() -> None:
+    shape = CATALOG["xverse-7b"]
+    lean = Updating(master="none", moments="bfloat16")
+    told = [
+        predict.memory(
+            shape,
+            options(row_tokens=4096, rows_per_pass=4, rows_per_step=rows, update=lean),
+            dtype="bfloat16",
+            ranks=1,
+        )
+        for rows in (4, 8)
+    ]
+    assert [one.gradients for one in told] == [0, 2 * shape.num_parameters]
+    assert told[0].activations == pytest.approx(69e9, rel=0.01)  # 8 x 4096 + 3 x 11008 a token
+    short = options(row_tokens=64, rows_per_pass=1, rows_per_step=1, update=lean)
+    alone = predict.memory(shape, short, dtype="bfloat16", ranks=1)
+    least = 6 * shape.num_parameters + alone.activations + alone.working
+    assert alone.total == max(8 * shape.num_parameters, least)
 
 
 def test_recompute_is_reckoned_with() -> None:

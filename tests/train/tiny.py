@@ -11,13 +11,14 @@ from xverse.data.samples import Sample, Samples, samples_of
 from xverse.data.samples import loader_of as lessons_loader
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.shape import ModelShape
+from xverse.parallel.axes import Axes
 from xverse.parallel.ranks import Ranks
 from xverse.train.checkpoints import Checkpoints
 from xverse.train.evaluate import Held, loader_of
 from xverse.train.journal import Journal
 from xverse.train.loop import Run
 from xverse.train.objective import Objective, pretrain
-from xverse.train.options import Axes, Keeping, Training, Updating
+from xverse.train.options import Keeping, Training, Updating
 
 VOCABULARY = 64
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -87,7 +87,7 @@ def test_options_make_the_recipe() -> None:
         return str(recipe_of(config))
 
     assert recipe() == "int4 in groups of 128; head int8 per row"
-    assert recipe("--to", "int8") == "int8 in groups of 128"
+    assert recipe("--to", "int8") == "int8 in groups of 128; head int8 per row"
     assert recipe("--to", "fp8") == "fp8"
     assert recipe("--head", "none", "--asymmetric") == "int4 in groups of 128, asymmetric"
     assert recipe("--group-size", "32", "--embedding", "int4", "--head", "none") == (

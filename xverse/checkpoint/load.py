@@ -170,13 +170,16 @@ class Reader:
         self.asked: set[str] = set()
 
     def steps(self, keep: Keep | None) -> list[Callable[[], None]]:
-        """One call for every module that has tensors of its own; each fills its module."""
+        """One call for every module that has tensors of its own; each fills its module.
+
+        The calls know names, not modules: what `keep` puts out of the decoder is to be let go.
+        """
         filled = [
-            (prefix, module)
+            prefix
             for prefix, module in self.decoder.named_modules()
             if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False))
         ]
-        return [partial(self._step, module, prefix, keep) for prefix, module in filled]
+        return [partial(self._step, prefix, keep) for prefix in filled]
 
     def fill(self, name: str) -> nn.Module:
         """Read the weights of one module of the decoder, with all that is inside; gives it.
@@ -186,10 +189,11 @@ class Reader:
         top = self.decoder.get_submodule(name)
         for prefix, module in top.named_modules(prefix=name):
             if isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(False)):
-                self._step(module, prefix, None)
+                self._step(prefix, None)
         return top.eval().requires_grad_(False)
 
-    def _step(self, module: nn.Module, prefix: str, keep: Keep | None) -> None:
+    def _step(self, prefix: str, keep: Keep | None) -> None:
+        module = self.decoder.get_submodule(prefix)
         if isinstance(module, QuantizedLinear):
             self._quantized(module, prefix)
         elif isinstance(module, StackedLinear):

@@ -127,7 +127,8 @@ def put_parts(layer: QuantizedLinear, parts: list[Parts], device: torch.device) 
             setattr(layer, name, None)
         else:
             joined = torch.stack(tensors) if stacked else tensors[0]
-            setattr(layer, name, joined.to(device))
+            # Kernels read rows as they lie; some formats store columns.
+            setattr(layer, name, joined.to(device).contiguous())
 
 
 def is_zero_bias(weights: Weights, infos: Mapping[str, TensorInfo], name: str) -> bool:

@@ -28,8 +28,10 @@ from xverse.engine.runner import (
     choose,
     choosing,
     choosing_rows,
+    fetch,
     owners_of,
     score,
+    upload,
 )
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
@@ -84,6 +86,7 @@ class DeviceRunner:
         """Send the step off. Waits for the device only where prompt tokens are to be scored, or
         guesses to be judged."""
         self._seat(chunks)
+        flight = Flight(chunks, [], list)
         # The longest first: they start together, and the short ones fill up behind them.
         decoding = [chunk for chunk in reversed(chunks) if _decodes(chunk)]
         guessing = [chunk for chunk in chunks if chunk.draft]
@@ -92,12 +95,11 @@ class DeviceRunner:
         if others:
             with decoder_for(self.decoder, self.adapters, owners_of(others)) as decoder:
                 hidden_TD = self.prompts(self._prompts(others), decoder)
-            score(self.decoder, self.kv, others, hidden_TD)
+            flight.labels = score(self.decoder, self.kv, others, hidden_TD)
             if rows := choosing_rows(others):
                 found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
-        flight = Flight([*others, *decoding], [], list)
         if not found:
             return flight
         logits_BV = found[0] if len(found) == 1 else torch.cat(found)
@@ -238,10 +240,7 @@ class DeviceRunner:
 
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""
-        here = torch.from_numpy(numpy.asarray(numbers, dtype))  # type: ignore[call-overload]
-        if self.kv.device.type != "cuda":
-            return here
-        return here.pin_memory().to(self.kv.device, non_blocking=True)
+        return upload(numbers, self.kv.device, dtype)
 
 
 def _decodes(chunk: Chunk) -> bool:
@@ -256,15 +255,10 @@ def _decodes(chunk: Chunk) -> bool:
 def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Choice]]:
     """Start to copy what was chosen; the function waits for it and gives it as the host wants."""
     parts = (picked.ids_B, picked.logprobs_B, picked.top_ids_BN, picked.top_logprobs_BN)
-    copies = [None if part is None else _start_copy(part) for part in parts]
-    done = torch.cuda.Event() if picked.ids_B.is_cuda else None
-    if done is not None:
-        done.record()
+    fetched = fetch(parts)
 
     def choices() -> list[Choice]:
-        if done is not None:
-            done.synchronize()
-        ids, *others = (None if copy is None else copy.tolist() for copy in copies)
+        ids, *others = fetched()
         assert ids is not None, "something is always chosen"
         return [_choice(row, id, wanted[row], *others) for row, id in enumerate(ids)]
 
@@ -290,9 +284,3 @@ def _choice(
     assert top_logprobs is not None, "and their log-probabilities"
     pairs = zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)
     return Chosen(id, logprobs[row], tuple(pairs))
-
-
-def _start_copy(part: Tensor) -> Tensor:
-    if not part.is_cuda:
-        return part.clone()
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)

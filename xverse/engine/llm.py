@@ -3,8 +3,11 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
+
+from torch import nn
 
 from xverse.checkpoint.adapter import read_adapter
 from xverse.checkpoint.load import Model, load
@@ -18,8 +21,11 @@ from xverse.engine.request import Answer, Logprob, Piece, Request, Sampling, Sco
 from xverse.engine.spread import SpreadEngine, spread
 from xverse.errors import XverseError
 from xverse.model.fuse import fuse
+from xverse.model.shape import ModelShape
 from xverse.quant.prepare import prepare
 from xverse.quant.quantize import quantize as quantize_decoder
+from xverse.quant.quantize import quantize_module
+from xverse.quant.recipe import Recipe
 from xverse.text.chat import Encoded, chat_format, encode_prompt
 from xverse.text.tools import ParsedReply, parse_tool_calls
 
@@ -27,9 +33,11 @@ from xverse.text.tools import ParsedReply, parse_tool_calls
 class LLM:
     """A language model ready to answer.
 
-    `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own.
-    `quantize` 8 or 4 rounds the weights by the published scheme after loading. `kv_tokens` is how
-    many tokens the KV memory holds, of all conversations at once; None sizes it by the machine.
+    `model` is a folder, a GGUF file, an alias or a hub id; dtype "auto" is the folder's own. It may
+    be a `Model` that is loaded, or made, already: it is taken as it is, and `LLM` joins its layers.
+    `quantize` 8 or 4 rounds the weights by the published scheme, each as soon as it is read.
+    `kv_tokens` is how many tokens the KV memory holds, of all conversations at once; None sizes it
+    by the machine.
     `kv_dtype` "fp8" keeps them in 8 bits: twice as many in the same memory, slightly rounded.
     `tensor_parallel` spreads the model over that many GPUs of this machine (or processes, on a
     CPU), each of which computes a part of every layer. `tokenizer` names another folder to take the
@@ -44,7 +52,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path | Model = DEFAULT_MODEL,
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -61,6 +69,9 @@ class LLM:
         adapter_bytes: int = 2**30,
     ) -> None:
         most = len(adapters or ()) if max_adapters is None else max_adapters
+        if isinstance(model, Model):
+            _require_open((dtype, device, tokenizer, tensor_parallel))
+            device = model.decoder.device.type
         options = EngineOptions(
             kv_tokens=kv_tokens,
             kv_dtype=kv_dtype,
@@ -77,9 +88,13 @@ class LLM:
         self.model: Model
         self.engine: Engine | SpreadEngine
         if tensor_parallel == 1:
-            self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer)
-            if quantize is not None:
-                quantize_decoder(self.model.decoder, quantize)
+            if isinstance(model, Model):
+                self.model = model
+                if quantize is not None:
+                    quantize_decoder(model.decoder, quantize)
+            else:
+                keep = None if quantize is None else partial(_rounded, Recipe.of(quantize))
+                self.model = load(model, dtype=dtype, device=device, tokenizer=tokenizer, keep=keep)
             prepare(fuse(self.model.decoder), blocks=not most)
             self.engine = Engine(
                 self.model.decoder,
@@ -100,6 +115,7 @@ class LLM:
                 "Leave tokenizer or tensor_parallel out.",
             )
         else:
+            assert not isinstance(model, Model), "`_require_open` has looked"
             self.model, self.engine = spread(
                 model,
                 tensor_parallel,
@@ -396,4 +412,19 @@ def _refuse_echo(sampling: Sampling | None) -> None:
             "A conversation cannot be echoed.",
             "Its answer is the next message, and not a text with a beginning.",
             "Leave echo out, or give what encode_chat returns to choices.",
+        )
+
+
+def _rounded(recipe: Recipe, shape: ModelShape, name: str, module: nn.Module) -> nn.Module:
+    """What a layer that has just been read becomes, so that few are ever in memory unrounded."""
+    return quantize_module(name, module, recipe.fitting(shape))
+
+
+def _require_open(asked: tuple[str, str, str | Path | None, int]) -> None:
+    """XverseError where something is asked of a loaded model that was settled by its loading."""
+    if asked != ("auto", "auto", None, 1):
+        raise XverseError(
+            "dtype, device, tokenizer and tensor_parallel cannot be given with a loaded model.",
+            "They were settled when it was loaded.",
+            "Leave them out, or name the model's folder.",
         )

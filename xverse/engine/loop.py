@@ -46,6 +46,7 @@ class Loop:
         """
         box: Box = deque()
         places: dict[int, int] = {}
+        known = 0  # of those that have ended
         try:
             with self._lock:
                 self._forget_those_left()
@@ -63,7 +64,8 @@ class Loop:
                 if _last(output):
                     del places[output.request]
                 yield replace(output, request=place)
-                if ended:
+                if len(ended) > known:
+                    known = len(ended)
                     for number in [number for number, place in places.items() if place in ended]:
                         del places[number]
                         self._left.append(number)

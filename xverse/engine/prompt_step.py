@@ -1,7 +1,8 @@
 """PROMPT CHUNKS -> HIDDEN, ON A GPU. Many rows of several sequences through the fused kernels.
 
 A layer is four products by the library, and between them one kernel each: residual and norm, rope
-and store, attention, SwiGLU.
+and store, attention, SwiGLU. Where many rows meet fp8 weights, what feeds a product is made in 8
+bits at once, and the product is one of 8 bits (`QuantizedLinear.rounds`).
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from xverse.engine.paged import Paged
 from xverse.kernels import dispatch, reference
+from xverse.kernels.reference import Norm
+from xverse.kernels.reference_steps import RoundedRows
 from xverse.model.decoder import Block, Decoder
 from xverse.model.fuse import FusedAttention, FusedFeedForward
 from xverse.model.linear import Linear
+from xverse.quant.linear import QuantizedLinear
 
 WHOLE_FROM, NEVER = 1024, 2**62  # rows; below, attention over pages takes a hundredth of the time
 AT_ONCE = 4096  # rows of a product: 8,191 tokens of 7B take an H200 175 ms so, and 188 in one piece
@@ -53,6 +57,8 @@ class PromptStep:
         fp8 = kv.scales(0) is not None
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu = dispatch.swiglu_joined(device, dtype).call
+        self.add_norm_rounded = dispatch.add_norm_rounded(device, dtype).call
+        self.swiglu_rounded = dispatch.swiglu_rounded(device, dtype).call
         self.rotate_store = dispatch.rotate_store(device, dtype, fp8=fp8).call
         self.attend = dispatch.attend_chunks(device, dtype, fp8=fp8).call
         shape = decoder.shape
@@ -70,16 +76,30 @@ class PromptStep:
         delta_TD: Tensor | None = None
         for layer, block in enumerate(stack.layers):
             assert isinstance(block, Block)
-            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, block.input_layernorm.spec)
-            delta_TD = self._attention(layer, block.self_attn, normed_TD, prompts)
-            x_TD, normed_TD = self.add_norm(x_TD, delta_TD, block.post_attention_layernorm.spec)
-            delta_TD = self._feedforward(block.mlp, normed_TD)
+            attention, mlp = block.self_attn, block.mlp
+            assert isinstance(attention, FusedAttention)
+            norm, project = block.input_layernorm.spec, attention.qkv_proj
+            x_TD, normed = self._normed(x_TD, delta_TD, norm, project)
+            delta_TD = self._attention(layer, attention, normed, prompts)
+            norm = block.post_attention_layernorm.spec
+            if isinstance(mlp, FusedFeedForward):
+                x_TD, normed = self._normed(x_TD, delta_TD, norm, mlp.gate_up_proj)
+                delta_TD = self._feedforward(mlp, normed)
+            else:
+                x_TD, normed_TD = self.add_norm(x_TD, delta_TD, norm)
+                delta_TD = mlp(normed_TD)
         return self.add_norm(x_TD, delta_TD, stack.norm.spec)[1]
 
+    def _normed(
+        self, x_TD: Tensor, delta_TD: Tensor | None, norm: Norm, project: nn.Module
+    ) -> tuple[Tensor, Tensor | RoundedRows]:
+        """The residual stream, and its norm as the layer that reads it takes it."""
+        rounded = _rounds(project, len(x_TD))
+        return (self.add_norm_rounded if rounded else self.add_norm)(x_TD, delta_TD, norm)
+
     def _attention(
-        self, layer: int, attention: nn.Module, x_TD: Tensor, prompts: Prompts
+        self, layer: int, attention: FusedAttention, x_TD: Tensor | RoundedRows, prompts: Prompts
     ) -> Tensor:
-        assert isinstance(attention, FusedAttention)
         keys, values, scales = self.kv.keys[layer], self.kv.values[layer], self.kv.scales(layer)
         qkv_TN = _in_parts(attention.qkv_proj, x_TD)
         q_THE = self.rotate_store(
@@ -98,14 +118,23 @@ class PromptStep:
         )  # fmt: skip
         return attention.o_proj(mixed_THE.flatten(-2))
 
-    def _feedforward(self, mlp: nn.Module, x_TD: Tensor) -> Tensor:
-        if not isinstance(mlp, FusedFeedForward):
-            return mlp(x_TD)
-        return _in_parts(mlp.down_proj, self.swiglu(_in_parts(mlp.gate_up_proj, x_TD)))
+    def _feedforward(self, mlp: FusedFeedForward, x_TD: Tensor | RoundedRows) -> Tensor:
+        joined_TF2 = _in_parts(mlp.gate_up_proj, x_TD)
+        rounded = _rounds(mlp.down_proj, len(joined_TF2))
+        inner = (self.swiglu_rounded if rounded else self.swiglu)(joined_TF2)
+        return _in_parts(mlp.down_proj, inner)
 
 
-def _in_parts(linear: nn.Module, x_TD: Tensor) -> Tensor:
-    """The product of many rows, AT_ONCE of them at a time, of a plain layer without a bias."""
+def _rounds(linear: nn.Module, rows: int) -> bool:
+    """Whether a layer takes so many rows in 8 bits."""
+    return isinstance(linear, QuantizedLinear) and linear.rounds(rows)
+
+
+def _in_parts(linear: nn.Module, x_TD: Tensor | RoundedRows) -> Tensor:
+    """The product of many rows; of a plain layer without a bias AT_ONCE of them at a time."""
+    if isinstance(x_TD, RoundedRows):
+        assert isinstance(linear, QuantizedLinear), "others take no rows in 8 bits"
+        return linear.multiply_rounded(x_TD)
     if type(linear) is not Linear or linear.bias is not None or len(x_TD) <= AT_ONCE:
         return linear(x_TD)
     y_TN = x_TD.new_empty(len(x_TD), linear.weight.shape[0])

@@ -7,8 +7,9 @@ sends it to a GPU and returns at once.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -40,12 +41,20 @@ Choice = Chosen | XverseError | None  # None: all is computed, and nothing was t
 
 @dataclass
 class Flight:
-    """A step under way. What is chosen in it goes to a place in the ids of each generation."""
+    """A step under way, made before its chunks count as held. What is chosen in it goes to a place
+    in the ids of each generation."""
 
     chunks: Sequence[Chunk]
     choosing: list[tuple[Generation, int]]
     choices: Callable[[], list[Choice]]  # waits for the step
     known: list[Choice] = field(default_factory=list)  # of the last ones of `choosing`
+    labels: Callable[[], None] = lambda: None  # waits, and gives them out
+    _read: list[Generation] = field(init=False)  # to their ends, where nothing is chosen
+
+    def __post_init__(self) -> None:
+        # The next step, which may be sent off before this one lands, may complete others of them.
+        ended = (chunk.generation for chunk in self.chunks if chunk.complete)
+        self._read = [generation for generation in ended if generation.sampler is None]
 
     def add(self, generation: Generation, found: Sequence[Choice]) -> None:
         """Tokens that are chosen already; what follows a right guess stands behind it."""
@@ -57,8 +66,8 @@ class Flight:
         """Wait, and say for each generation that is complete what stands where in its ids."""
         choices = zip(self.choosing, [*self.choices(), *self.known], strict=True)
         found = [(generation, place, choice) for (generation, place), choice in choices]
-        scored = [c.generation for c in self.chunks if c.generation.sampler is None]
-        return found + [(g, len(g.ids), None) for g in scored if g.missing == 0]
+        self.labels()
+        return found + [(generation, len(generation.ids), None) for generation in self._read]
 
 
 def choosing(chunks: Sequence[Chunk]) -> list[Generation]:
@@ -90,7 +99,7 @@ class PlainRunner:
             logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
             for generation, found in choose(chunks, logits_BV):
                 flight.add(generation, found)
-        score(decoder, kv, chunks, hidden_TD)
+        flight.labels = score(decoder, kv, chunks, hidden_TD)
         return flight
 
     def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -229,10 +238,12 @@ def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
     return [tuple(zip(*row, strict=True)) for row in rows]
 
 
-def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
-    """Add the log-probabilities of prompt tokens whose predecessors were computed now, and of the
-    labels after prompts that are complete."""
-    _read_labels(decoder, kv, chunks, hidden_TD)
+def score(
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor
+) -> Callable[[], None]:
+    """Add the log-probabilities of prompt tokens whose predecessors were computed now; those of
+    the labels after prompts that are complete are added by the function that this gives."""
+    labels = _read_labels(decoder, kv, chunks, hidden_TD)
     start = 0
     for chunk in chunks:
         generation, ids = chunk.generation, chunk.generation.request.ids
@@ -247,20 +258,60 @@ def score(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tenso
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
         start += chunk.rows
+    return labels
 
 
-def _read_labels(decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor) -> None:
-    """Add the labels' log-probabilities; all prompts of a step share one product, one copy."""
+def _read_labels(
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor
+) -> Callable[[], None]:
+    """Start to read the labels' log-probabilities, many prompts in one product; the function waits
+    for them and gives them to their generations."""
     ends = accumulate(chunk.rows for chunk in chunks)
     pairs = zip(chunks, ends, strict=True)
     found = [(c.generation, end) for c, end in pairs if c.complete and c.generation.request.labels]
+    if not found:
+        return lambda: None
+    values = []
     for first in range(0, len(found), SCORED_AT_ONCE):
         some = found[first : first + SCORED_AT_ONCE]
-        rows = torch.tensor([end - 1 for _, end in some], device=hidden_TD.device)
+        rows = upload([end - 1 for _, end in some], hidden_TD.device)
         logprobs_BV = _logits(decoder, kv, hidden_TD[rows]).float().log_softmax(-1)
         labels = [generation.request.labels for generation, _ in some]
         of_row = [row for row, ids in enumerate(labels) for _ in ids]
-        places = torch.tensor([of_row, [id for ids in labels for id in ids]])
-        values = iter(logprobs_BV[tuple(places.to(hidden_TD.device))].tolist())
-        for generation, _ in some:
-            generation.labels = [next(values) for _ in generation.request.labels]
+        row_N, id_N = upload([of_row, [id for ids in labels for id in ids]], hidden_TD.device)
+        values.append(logprobs_BV[row_N, id_N])
+    fetched = fetch([torch.cat(values)])
+
+    def give() -> None:
+        numbers = iter(fetched()[0] or ())
+        for generation, _ in found:
+            generation.labels = [next(numbers) for _ in generation.request.labels]
+
+    return give
+
+
+def upload(numbers: object, device: torch.device, dtype: object = numpy.int64) -> Tensor:
+    """A copy on the device that nobody waits for."""
+    here = torch.from_numpy(numpy.asarray(numbers, dtype))  # type: ignore[call-overload]
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+
+
+def fetch(parts: Sequence[Tensor | None]) -> Callable[[], list[list[Any] | None]]:
+    """Start to copy tensors to the host; the function waits for them, and gives their numbers."""
+    copies = [None if part is None else _start_copy(part) for part in parts]
+    done = torch.cuda.Event() if any(part is not None and part.is_cuda for part in parts) else None
+    if done is not None:
+        done.record()
+
+    def numbers() -> list[list[Any] | None]:
+        if done is not None:
+            done.synchronize()
+        return [None if copy is None else copy.tolist() for copy in copies]
+
+    return numbers
+
+
+def _start_copy(part: Tensor) -> Tensor:
+    if not part.is_cuda:
+        return part.clone()
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)

@@ -6,7 +6,7 @@ all of its own back and is computed again when there is room.
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -45,6 +45,11 @@ class Generation:
     slot: int = -1
     reused: int | None = None
     adapter: Loaded | None = None
+    twins: int = field(init=False)  # the same number for the same prompt in the same namespace
+
+    def __post_init__(self) -> None:
+        # Prompts are compared by it once for each request that comes in; a tuple's is not kept.
+        self.twins = hash((self.namespace, self.request.ids))
 
     def put(self, place: int, id: int) -> None:
         """The token chosen for `place`: one that was pending, or one after a guess that was
@@ -157,9 +162,13 @@ class Scheduler:
             if generation.missing > 1 and (chunk := self._chunk(generation)) <= budget:
                 counts[generation] = chunk
                 budget -= chunk
-        while budget > 0 and (admitted := self._admit(budget)) is not None:
+        # Prompts that are being computed this moment: their twins share the pages a step later.
+        begun = {g.twins for g in self.running if self._in_the_making(g)}
+        while budget > 0 and (admitted := self._admit(budget, begun)) is not None:
             counts[admitted] = self._chunk(admitted)
             budget -= counts[admitted]
+            if self._in_the_making(admitted):
+                begun.add(admitted.twins)
         chunks = [Chunk(generation, count) for generation, count in counts.items()]
         return sorted(chunks, key=lambda chunk: (chunk.count == 1, chunk.generation.held))
 
@@ -200,15 +209,12 @@ class Scheduler:
         """Tokens of it that one step computes: the same number whatever else is in the step."""
         return min(generation.missing, self.step_tokens)
 
-    def _admit(self, budget: int) -> Generation | None:
-        """The next in the queue, if its first chunk is within the budget, and all it has so far
-        fits and leaves a page to decode into."""
+    def _admit(self, budget: int, begun: Collection[int]) -> Generation | None:
+        """The next in the queue whose twin is not `begun`, if its first chunk is within the budget,
+        and all it has so far fits and leaves a page to decode into."""
         if len(self.running) >= self.max_running:
             return None
-        # Prompts that are being computed this moment: their twins share the pages a step later.
-        begun = {(g.namespace, g.request.ids) for g in self.running if self._in_the_making(g)}
-        free = (g for g in self.waiting if (g.namespace, g.request.ids) not in begun)
-        generation = next(free, None)
+        generation = next((g for g in self.waiting if g.twins not in begun), None)
         if generation is None or generation.pending:
             return None
         spare = len(self.running)  # each may want a page soon

@@ -68,7 +68,8 @@ class Door(Protocol):
         ...
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """How many tokens each prompt has; 0 where nobody knows."""
+        """How many tokens each prompt has; 0 where nobody knows. Asked for the next prompts on a
+        thread of its own while these are read or written."""
         ...
 
     def without_middle(self, text: str, tokens: int) -> str:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -75,7 +76,8 @@ def run_tasks(
     journal = Journal(out, head)
     batches = [b for task in tasks for b in _batches(task, items[task.name], door.batch, options)]
     missing = [batch for batch in batches if batch.key not in journal]
-    for batch in progress(missing, total=len(missing), label="evaluating"):
+    ready = _tokenized(door, missing, options)
+    for batch in progress(ready, total=len(missing), label="evaluating"):
         journal.add(batch.key, _ask(door, batch, options))
     results = []
     for task in tasks:
@@ -155,7 +157,6 @@ def _ask(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
 
 def _choose(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     task = batch.task
-    _lengths_at_once(door, batch, options)
     fits = [_fit(door, task, item, options) for item in batch.items]
     asks = [
         asks_of(task, item, shots, options.chat) if shots is not None else []
@@ -177,7 +178,6 @@ def _write(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     assert grade is not None, "who writes is graded"
     prompts: list[Prompt | None] = []
     facts: list[Outcome] = []
-    _lengths_at_once(door, batch, options)
     for item in batch.items:
         text, fact = _fitted_text(door, task, item, options)
         prompts.append(None if text is None else Prompt(text, options.chat))
@@ -225,10 +225,22 @@ def _foretell(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     ]
 
 
+def _tokenized(door: Door, batches: Sequence[_Batch], options: Options) -> Iterator[_Batch]:
+    """The batches, each once the door has tokenized its prompts, together and on all cores; those
+    of the next one while this one is asked."""
+    with ThreadPoolExecutor(1) as thread:
+        done = [thread.submit(_lengths_at_once, door, batch, options) for batch in batches[:1]]
+        for place, batch in enumerate(batches):
+            done.pop().result()
+            if place + 1 < len(batches):
+                done.append(thread.submit(_lengths_at_once, door, batches[place + 1], options))
+            yield batch
+
+
 def _lengths_at_once(door: Door, batch: _Batch, options: Options) -> None:
-    """Have a door tokenize all prompts of a batch together, on all cores."""
-    texts = [text for item in batch.items for text in _prompts(item, options)]
-    door.lengths([Prompt(text, options.chat) for text in texts])
+    if batch.task.kind != "text":
+        texts = [text for item in batch.items for text in _prompts(item, options)]
+        door.lengths([Prompt(text, options.chat) for text in texts])
 
 
 def _fit(door: Door, task: Task, item: Item, options: Options) -> int | None:

@@ -58,7 +58,8 @@ class LocalDoor:
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, the marks of the chat format included."""
         if len(self._ids) > 16 * self.batch:
-            self._ids.clear()
+            for old in [*self._ids][: 4 * self.batch]:  # the latest are still to be asked
+                self._ids.pop(old, None)
         new = [p for p in dict.fromkeys(prompts) if not p.chat and p not in self._ids]
         tokenizer = self.llm.tokenizer
         if len(new) > 1 and not tokenizer.encode(""):  # else something is added to every text
@@ -98,9 +99,9 @@ class LocalDoor:
         """The greedy continuation of each prompt, up to the first stop string."""
         sampling = Sampling(**{**GREEDY.__dict__, "max_tokens": max_tokens, "stop": tuple(stop)})
         ids = [self._encode(prompt) for prompt in prompts]
-        answers = []
-        for some in (ids[:1], ids[1:]):
-            answers += self.llm.continue_ids(some, sampling, namespace=namespace)
+        if len(ids) > 1:  # what is shared is known once the first has been read
+            self.llm.read([Request(tuple(ids[0]), None, namespace)])
+        answers = self.llm.continue_ids(ids, sampling, namespace=namespace)
         return [answer.text for answer in answers]
 
     def foretell(self, texts: Sequence[str], namespace: str) -> list[Foretold]:

@@ -25,7 +25,7 @@ from xverse.kernels.multiply_triton import wait_for_input
 
 REDUCED_ROWS = 64  # above, bandwidth counts and not the way, and NCCL moves fewer bytes
 GATHERED_ROWS = 16
-BLOCK = 512  # words a program, of two numbers each: five programs for a row of 13B
+BLOCK = 256  # words a program, of two numbers each: ten programs for a row of 13B
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

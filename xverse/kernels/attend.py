@@ -92,17 +92,12 @@ def attend_offsets(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    mixed = varlen_attn(
-        q_THE,
-        k_TKE,
-        v_TKE,
-        offsets_N1,
-        offsets_N1,
-        longest,
-        longest,
-        window_size=(-1, 0),  # all that came before: causal
-        enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
-    )
+    group = q_THE.shape[1] // k_TKE.shape[1]
+    if group > 1:  # PyTorch 2.11 has no option for it, later ones have
+        k_TKE, v_TKE = (x.repeat_interleave(group, dim=1) for x in (k_TKE, v_TKE))
+    ends = (offsets_N1, offsets_N1, longest, longest)
+    causal = (-1, 0)  # all that came before
+    mixed = varlen_attn(q_THE, k_TKE, v_TKE, *ends, window_size=causal)
     assert isinstance(mixed, Tensor)
     return mixed
 

@@ -11,6 +11,7 @@ import torch
 from xverse.kernels import (
     attend,
     attend_cpu,
+    multiply_rounded,
     native,
     packed,
     reference,
@@ -18,10 +19,13 @@ from xverse.kernels import (
     reference_few_bits,
     reference_packed,
     reference_sample,
+    reference_steps,
     reference_train,
 )
 from xverse.kernels.cuts import Scratch
 from xverse.kernels.multiply import ROWS
+from xverse.kernels.multiply_rounded import LEAST_ROWS
+from xverse.kernels.reference_few_bits import FewBits, Form
 from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.log import warn_once
 
@@ -29,6 +33,11 @@ TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
 ANY_LOGITS = "logits of any dtype on CUDA"
 FP8_SINCE = (8, 9)  # conversions to and from e4m3 in the hardware
 PDL_SINCE = (9, 0)  # programmatic dependent launch
+# Rows up to which quantized weights are widened in registers, for every block of 128 rows anew.
+# Above, widening them once into memory costs less (all of 7B: 13 GB written and read, 6 ms):
+# computed, for `bench/quant_gpu.py` to confirm.
+TILE_ROWS = 256
+ROWS_APART = max(TILE_ROWS, LEAST_ROWS) + 1
 
 
 @dataclass(frozen=True)
@@ -193,13 +202,15 @@ def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = 
 
 
 def score(device: torch.device) -> Choice:
-    """The function in the place of `reference_train.score_logits`."""
+    """The function in the place of `reference_train.score_logits`; it may overwrite the logits."""
     operation = "loss of a chunk of logits"
     why_not = _why_no_triton(device, torch.bfloat16)
     if why_not:
         return _plain(operation, reference_train.score_logits, device, why_not)
-    why = "each logit is read twice and written once"
-    return Choice(operation, "compiled by PyTorch", why, _compiled_score())
+    from xverse.kernels import score_triton
+
+    why = "each logit is read once and its gradient written once, in its place"
+    return Choice(operation, "Triton, a program a row", why, score_triton.score_logits)
 
 
 def adamw(device: torch.device) -> Choice:
@@ -305,6 +316,55 @@ def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> 
     )
 
 
+@lru_cache(maxsize=4096)
+def multiply_steps(device: torch.device, dtype: torch.dtype, rows: int, form: Form) -> Choice:
+    """The function in the place of `reference_steps.multiply_steps`, for a weight of this form.
+
+    `rows` of x; from ROWS_APART on they need not be told apart. Nothing is kept between calls.
+    """
+    operation = f"products of many rows with {form.kind} weights"
+    why_not = _why_no_triton(device, dtype)
+    if why_not:
+        return _plain(operation, reference_steps.multiply_steps, device, why_not)
+    from xverse.kernels import dequantize_triton, multiply_steps_triton
+
+    if rows >= LEAST_ROWS and not why_not_rounded(device, dtype, form):
+        why = f"{LEAST_ROWS} rows or more, of which each has a scale"
+        return Choice(operation, "cuBLAS in 8 bits, x rounded", why, _multiply_rounding)
+    why_not_tiles = multiply_steps_triton.why_not(form)
+    if rows <= TILE_ROWS and not why_not_tiles:
+        why = f"at most {TILE_ROWS} rows: weights are read as they are held"
+        call = multiply_steps_triton.multiply_steps
+        return Choice(operation, "Triton, widened in registers", why, call)
+    why = f"more than {TILE_ROWS} rows: widened once costs less than for every block of them"
+    by = "widened in one pass, then cuBLAS"
+    widened = dequantize_triton.multiply_widened
+    return Choice(operation, by, why if rows > TILE_ROWS else why_not_tiles, widened)
+
+
+def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str:
+    """Why many rows are not rounded to 8 bits for a product with such a weight; empty where they
+    are: by `round_triton` and `multiply_rounded`."""
+    why_not = "" if dtype == torch.bfloat16 else f"cuBLAS gives bfloat16 there, and not {dtype}"
+    return why_not or _why_no_triton(device, dtype, fp8=True) or multiply_rounded.why_not(form)
+
+
+def _multiply_rounding(x_TD: torch.Tensor, weight: FewBits) -> torch.Tensor:
+    from xverse.kernels import round_triton
+
+    return multiply_rounded.multiply_rounded(round_triton.round_rows(x_TD), weight)
+
+
+def add_norm_rounded(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_steps.add_norm_rounded`."""
+    return _one_pass_rounded("residual and norm in 8 bits", "add_norm_rounded", device, dtype)
+
+
+def swiglu_rounded(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_steps.swiglu_rounded`."""
+    return _one_pass_rounded("SwiGLU in 8 bits", "swiglu_rounded", device, dtype)
+
+
 def add_parts(device: torch.device, dtype: torch.dtype) -> Choice:
     """What adds the parts of several ranks: a function with an `Exchange` as second argument, or
     `reference.add_parts`, for which PyTorch's collectives must have brought them together."""
@@ -378,6 +438,13 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         *(choice(device) for choice in choosing),
         mixture_rows(device, dtype),
         mix_experts(device, dtype),
+        *(
+            multiply_steps(device, dtype, rows, Form(kind, 0, 16, 16))
+            for kind in ("int4", "int8", "fp8")
+            for rows in (1, ROWS_APART)
+        ),
+        add_norm_rounded(device, dtype),
+        swiglu_rounded(device, dtype),
         add_parts(device, dtype),
         gather_columns(device, dtype),
         multiply_packed(device, dtype),
@@ -448,6 +515,23 @@ def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtyp
     )
 
 
+def _one_pass_rounded(
+    operation: str, name: str, device: torch.device, dtype: torch.dtype
+) -> Choice:
+    """What makes the input of products in 8 bits, and rounds it on the way."""
+    why_not = _why_no_triton(device, dtype, fp8=True)
+    if why_not:  # not said: then nothing is multiplied in 8 bits, and nobody asks for it
+        return Choice(
+            operation, "plain PyTorch, the reference", why_not, getattr(reference_steps, name)
+        )
+    from xverse.kernels import round_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    call = partial(getattr(round_triton, name), pdl=pdl)
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, in one pass" + ", dependent launch" * pdl, why, call)
+
+
 def _plain(operation: str, call: Callable[..., Any], device: torch.device, why: str) -> Choice:
     if device.type == "cuda":
         warn_once(f"{operation}: plain PyTorch, since {why}.")
@@ -485,11 +569,6 @@ def _why_no_links() -> str:
     pairs = ((one, other) for one in gpus for other in gpus if one != other)
     apart = next((p for p in pairs if not torch.cuda.can_device_access_peer(*p)), None)
     return "" if apart is None else f"GPU {apart[0]} cannot reach the memory of GPU {apart[1]}"
-
-
-@lru_cache(maxsize=1)
-def _compiled_score() -> Callable[..., Any]:
-    return torch.compile(reference_train.score_logits, dynamic=False)
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,16 @@ from xverse.kernels.reference import Norm
 LEAST_GROUP = 32  # columns: what one thread unpacks of 4 bits, and the shortest product of tiles
 
 
+class Form(NamedTuple):
+    """What decides which kernel a matrix can have: whether it is "int4", "int8" or "fp8", the
+    columns that share a scale (0: all of a row), and rows and columns."""
+
+    kind: str
+    group: int
+    outputs: int
+    inputs: int
+
+
 class FewBits(NamedTuple):
     """A matrix [N, D] in few bits: w = (q - zero) * scale.
 
@@ -40,6 +50,17 @@ class FewBits(NamedTuple):
     def group(self) -> int:
         """Columns that share a scale; 0 where all of a row do."""
         return 0 if self.scale.dim() == 1 else self.inputs // self.scale.shape[1]
+
+    @property
+    def form(self) -> Form:
+        """What decides which kernel it can have."""
+        kinds = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+        return Form(kinds[self.weight.dtype], self.group, len(self.weight), self.inputs)
+
+    def rows(self, first: int, last: int) -> "FewBits":
+        """Some of the rows; views."""
+        zero = None if self.zero is None else self.zero[first:last]
+        return FewBits(self.weight[first:last], self.scale[first:last], zero)
 
 
 def why_not(weight: FewBits) -> str:

@@ -87,7 +87,8 @@ def _sorted_root(hessian_XDD: Tensor, order_XD: Tensor) -> Tensor:
         diagonal[diagonal == 0] = 1.0
         damping = DAMPING * diagonal.mean()
         while True:
-            damped_DD = sorted_DD + damping * torch.eye(len(order)).to(sorted_DD)
+            damped_DD = sorted_DD.clone()
+            damped_DD.diagonal().add_(damping)
             lower_DD, failed = torch.linalg.cholesky_ex(damped_DD)
             if not failed:
                 break

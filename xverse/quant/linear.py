@@ -6,9 +6,17 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from xverse.errors import XverseError
+from xverse.kernels import dispatch
+from xverse.kernels.multiply_rounded import LEAST_ROWS, multiply_rounded
+from xverse.kernels.reference_few_bits import FewBits
+from xverse.kernels.reference_steps import (
+    RoundedRows,
+    dequantize,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from xverse.model.linear import Linear, span
 from xverse.quant import gradient
 from xverse.quant.rounding import Rounded, nearest
@@ -132,6 +140,13 @@ class QuantizedLinear(nn.Module):
         """The weight as int8 [..., N, D]; of fp8 as it is."""
         return unpack_nibbles(self.weight) if self.scheme.bits == 4 else self.weight
 
+    def few_bits(self, expert: int | None = None) -> FewBits:
+        """The weight as the kernels take it; of a stack, that of an expert."""
+        if expert is None:
+            return FewBits(self.weight, self.scale, self.zero)
+        zero = None if self.zero is None else self.zero[expert]
+        return FewBits(self.weight[expert], self.scale[expert], zero)
+
     def dequantized(self, rows: Tensor | int | slice | tuple[int, slice] | None = None) -> Tensor:
         """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension (of a
         stack: of the first two) that `rows` names; columns as they are stored."""
@@ -139,13 +154,7 @@ class QuantizedLinear(nn.Module):
         if rows is not None:
             weight, scale = weight[rows], scale[rows]
             zero = None if zero is None else zero[rows]
-        steps = (unpack_nibbles(weight) if self.scheme.bits == 4 else weight).to(torch.float32)
-        if self.scheme.group_size is None:
-            scale, zero = scale[..., None], None if zero is None else zero[..., None]
-        groups = steps.unflatten(-1, (scale.shape[-1], -1))
-        if zero is not None:
-            groups = groups - zero[..., None]
-        return (groups * scale[..., None].float()).flatten(-2).to(scale.dtype)
+        return dequantize(FewBits(weight, scale, zero))
 
     def forward(self, x_TD: Tensor, expert: int | None = None) -> Tensor:
         """x @ w.T + bias; of a stack, by the layer of that expert."""
@@ -153,27 +162,21 @@ class QuantizedLinear(nn.Module):
             x_TD = x_TD[..., self.order]
         if torch.is_grad_enabled() and x_TD.requires_grad:
             y_TN = gradient.multiply(self, x_TD, expert)
-        elif self.scheme.group_size is None and self.zero is None:
-            # Steps are exact in 16 bits, and their scale is better applied to the sum.
-            steps = self.integers() if expert is None else self._steps(expert)
-            scale = self.scale if expert is None else self.scale[expert]
-            y_TN = functional.linear(x_TD, steps.to(x_TD.dtype)) * scale
         else:
-            y_TN = functional.linear(x_TD, self.dequantized(expert).to(x_TD.dtype))
+            weight, flat_TD = self.few_bits(expert), x_TD.flatten(0, -2)
+            rows = min(len(flat_TD), dispatch.ROWS_APART)
+            chosen = dispatch.multiply_steps(x_TD.device, x_TD.dtype, rows, weight.form)
+            y_TN = chosen.call(flat_TD, weight).unflatten(0, x_TD.shape[:-1])
         return y_TN if self.bias is None else y_TN + self.bias
 
-    def _steps(self, expert: int) -> Tensor:
-        weight = self.weight[expert]
-        return unpack_nibbles(weight) if self.scheme.bits == 4 else weight
+    def rounds(self, rows: int) -> bool:
+        """Whether products of so many rows are made in 8 bits, by `multiply_rounded`."""
+        device, dtype = self.weight.device, self.scale.dtype
+        if rows < LEAST_ROWS or self.weight.dim() != 2:
+            return False
+        return not dispatch.why_not_rounded(device, dtype, self.few_bits().form)
 
-
-def pack_nibbles(integers: Tensor) -> Tensor:
-    """int8 [..., D] in -8..7 -> uint8 [..., D/2]."""
-    shifted = (integers + 8).to(torch.uint8)
-    return shifted[..., ::2] | shifted[..., 1::2] << 4
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`."""
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
-    return halves.flatten(-2).to(torch.int8) - 8
+    def multiply_rounded(self, x: RoundedRows) -> Tensor:
+        """As `forward`, of rows in 8 bits; for inference."""
+        y_TN = multiply_rounded(x, self.few_bits())
+        return y_TN if self.bias is None else y_TN + self.bias

@@ -19,7 +19,7 @@ class Passage:
         self.decoder, self.samples = decoder, samples
         self.device = decoder.device
         embed = decoder.model.embed_tokens
-        self.hidden: list[Tensor] = [embed(self._on(ids)).cpu() for ids in samples]
+        self.hidden: list[Tensor] = [_away(embed(self._on(ids))) for ids in samples]
 
     @property
     def tokens(self) -> int:
@@ -36,7 +36,7 @@ class Passage:
     def advance(self, block: nn.Module) -> None:
         """Take the samples through the block."""
         for number in range(len(self.hidden)):
-            self.hidden[number] = self._through(block, number).cpu()
+            self.hidden[number] = _away(self._through(block, number))
 
     @torch.no_grad()
     def final(self, number: int) -> Tensor:
@@ -45,7 +45,7 @@ class Passage:
         return x_TD
 
     def _through(self, block: nn.Module, number: int) -> Tensor:
-        x_TD = self.hidden[number].to(self.device)
+        x_TD = self.hidden[number].to(self.device, non_blocking=True)
         kv = Packed([len(x_TD)], self.device)
         scaling = self.decoder.shape.rope_scaling
         dynamic = scaling is not None and scaling.rope_type == "dynamic"
@@ -56,3 +56,11 @@ class Passage:
 
     def _on(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)
+
+
+def _away(x_TD: Tensor) -> Tensor:
+    """A copy in the CPU's memory; from a GPU one that nobody waits for, nor for its way back."""
+    if not x_TD.is_cuda:
+        return x_TD
+    kept_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, pin_memory=True)
+    return kept_TD.copy_(x_TD, non_blocking=True)

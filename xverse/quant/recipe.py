@@ -95,7 +95,7 @@ def _halved(scheme: Scheme, inputs: set[int]) -> Scheme:
 
 
 NAMED = {
-    "int8": Recipe(Scheme(8, 128)),
+    "int8": Recipe(Scheme(8, 128), head=Scheme(8)),
     "int4": Recipe(Scheme(4, 128), head=Scheme(8)),
     "int8-row": Recipe(Scheme(8)),
     "int4-row": Recipe(Scheme(4)),

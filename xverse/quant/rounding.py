@@ -9,7 +9,7 @@ from xverse.quant.scheme import Scheme
 
 TINY = 1e-30  # in the place of a scale of zero, that of a row of zeros
 CLIPS = [1.0, *(1.08 - 0.03 * step for step in range(22))]  # down to 0.45; 1.0 wins where equal
-CHUNK = 2**21  # weights that are searched at a time: temporaries of 8 MB stay near the cores
+CHUNK = 2**21  # weights that are rounded at a time: temporaries of 8 MB stay near the cores
 
 
 class Rounded(NamedTuple):
@@ -29,6 +29,10 @@ def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) ->
 
     Scales come in `dtype`, the weight's own if none is given. Rows of zeros stay zeros.
     """
+    return _joined([_nearest(rows, scheme, dtype) for rows in _parts(weight)], scheme)
+
+
+def _nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None) -> Rounded:
     groups = grouped(weight.float(), scheme)
     scale, zero = _reach(groups, scheme, 1.0)
     stored = scale.to(dtype or weight.dtype)
@@ -53,9 +57,17 @@ def searched(
     if scheme.kind == "float":
         return nearest(weight, scheme, dtype)
     parts = [
-        _searched(rows, scheme, importance_D, dtype or weight.dtype)
-        for rows in weight.split(max(1, CHUNK // weight.shape[-1]), dim=-2)
+        _searched(rows, scheme, importance_D, dtype or weight.dtype) for rows in _parts(weight)
     ]
+    return _joined(parts, scheme)
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Some rows after others, of which none knows of another."""
+    return weight.split(max(1, CHUNK // weight.shape[-1]), dim=-2)
+
+
+def _joined(parts: list[Rounded], scheme: Scheme) -> Rounded:
     rows = -1 if scheme.group_size is None else -2
     zeros = [part.zero for part in parts if part.zero is not None]
     return Rounded(

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from xverse.kernels.reference_steps import pack_nibbles
 from xverse.model.linear import Linear, StackedLinear
-from xverse.quant.linear import pack_nibbles
 from xverse.quant.scheme import Scheme
 from xverse.quant.stored_layer import (
     LayerTensors,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from xverse.errors import XverseError
+from xverse.kernels.reference_steps import pack_nibbles
 from xverse.log import logger
 from xverse.model.embedding import Embedding
 from xverse.model.linear import Linear, StackedLinear
-from xverse.quant.linear import QuantizedLinear, pack_nibbles
+from xverse.quant.linear import QuantizedLinear
 from xverse.quant.recipe import Recipe
 from xverse.quant.scheme import Scheme
 from xverse.quant.stored_layer import (

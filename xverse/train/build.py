@@ -4,7 +4,7 @@ Each step takes a decoder and gives one, in a fixed order: cut to this rank's pa
 balance of experts, recompute, compile, shards.
 """
 
-import functools
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager as ContextManager
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from xverse.checkpoint import load
@@ -199,13 +198,23 @@ def recompute(decoder: Decoder, how: str) -> Decoder:
     nothing ("none"), all but products and attention ("selective"), or all ("full")."""
     if how == "none":
         return decoder
-    contexts = _selective if how == "selective" else noop_context_fn
+    again = _again_but_products if how == "selective" else _again
     for block in decoder.model.layers:
-        again: Callable[..., Tensor] = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-        )
-        block.forward = again
+        # A method of this file, which the compiler reads; PyTorch's own it leaves uncompiled.
+        block.forward = types.MethodType(again, block)
     return decoder
+
+
+def _again(block: Block, *inputs: object) -> Tensor:
+    found: Tensor = checkpoint(type(block).forward, block, *inputs, use_reentrant=False)
+    return found
+
+
+def _again_but_products(block: Block, *inputs: object) -> Tensor:
+    found: Tensor = checkpoint(
+        type(block).forward, block, *inputs, use_reentrant=False, context_fn=_selective
+    )
+    return found
 
 
 def _selective() -> tuple[ContextManager[Any], ContextManager[Any]]:

@@ -22,11 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -45,6 +41,8 @@ from xverse.train.manifest import (
     write_durably,
     write_manifest,
 )
+from xverse.train.shard_file import ShardWriter
+from xverse.train.staging import Staging
 
 FAILURES = (Exception, CheckpointException)  # the latter, PyTorch's own, is no Exception
 READERS = 4  # files that are hashed at a time: a core each gives about 1.5 GB/s
@@ -68,17 +66,24 @@ class Checkpoints:
         self.pinned = -1  # a step whose checkpoint is kept however old it is
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        # Kept for the next save where it is pinned memory, which is slow to get.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
+        self._staging = Staging(ranks.device)
         self.seconds = 0.0  # that the latest save took, beside the training
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to take the memory that saving them will need."""
+        self._staging.reserve(tensors)
+
+    def hold(self) -> None:
+        """Have the device wait for what `save` still reads; before `tensors` are changed."""
+        self._staging.hold()
+
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-        """Begin to write a checkpoint; `tensors` may change as soon as this returns.
+        """Begin to write a checkpoint; `tensors` may change after `hold`.
 
         It waits for the one before. What fails is told by `wait`.
         """
         self.wait()
-        staged = self._stager.stage(dict(tensors))
+        staged = self._staging.copy(tensors)
         own = {"generators": randomness.generators(self.ranks.device)}
         given = (step, staged, dict(facts), own)
         self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
@@ -209,15 +214,16 @@ class Checkpoints:
             aside.mkdir()
 
     def _write_share(self, aside: Path, tensors: dict[str, Tensor], own: dict[str, object]) -> None:
+        self._staging.finish()
+        writer = ShardWriter(aside)
         with _quiet():
             save(
                 tensors,
-                storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
+                storage_writer=writer,
                 process_group=self.ranks.aside,
                 no_dist=self.ranks.size == 1,
             )
-        mine = sorted(aside.glob(f"shard-{self.ranks.rank + 1:05d}-*"))
-        own["files"] = {file.name: file_facts(file) for file in mine}
+        own["files"] = writer.facts
         write_durably(aside / _rank_name(self.ranks.rank), own)
 
     def _publish(self, step: int, aside: Path, facts: dict[str, object]) -> None:

@@ -88,6 +88,7 @@ class Run:
         began = began or time.time()
         self.journal.note("start", time=began)
         self._resume()
+        self.checkpoints.reserve(self.optimizer.tensors())
         self.journal.note("ready", step=self.step, seconds=time.time() - began)
         data = Prefetch(self.loader.steps(self.position))
         try:
@@ -145,6 +146,7 @@ class Run:
         update = self.options.update
         rate = learning_rate(self.step, self.options.steps, update)
         clipped = update.clip and found.norm > update.clip
+        self.checkpoints.hold()
         self.optimizer.update(self.step, rate, update.clip / found.norm if clipped else 1.0)
         self.tokens += step.tokens
         seconds = time.monotonic() - began

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass
 
-from xverse.kernels.score import LOGITS
+from xverse.kernels.score import chunk_rows
 from xverse.model.shape import ModelShape
 from xverse.train import flops
-from xverse.train.options import Training
+from xverse.train.options import Computing, Training
 
 ASSUMED_MFU = 0.5  # strict; what a plain compiled step reaches at 7B is 0.55 (H200)
 SIZES = {"float32": 4, "bfloat16": 2, "none": 0}
@@ -13,7 +13,11 @@ SIZES = {"float32": 4, "bfloat16": 2, "none": 0}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `activations` are what the backward pass needs of one pass."""
+    """Bytes on one device. `activations` are what the backward pass needs of one pass.
+
+    Of the gradients of a single pass only those count that do not fit where activations were: each
+    block's come as its activations go.
+    """
 
     weights: int
     masters: int
@@ -21,7 +25,7 @@ class Memory:
     gradients: int
     gathered: int  # whole weights of the units in use, where they are spread over devices
     activations: int
-    loss: int  # logits of a chunk, their gradient, and the head's in fp32
+    working: int  # for a moment: logits and the head's gradient, or a block and its gradients
 
     @property
     def total(self) -> int:
@@ -56,43 +60,66 @@ def memory(
         units = shape.num_parameters // mesh.pipeline
         gathered = size * (units if mesh.pipeline > 1 else _largest_units(shape, options))
     tokens = options.rows_per_pass * options.row_tokens // mesh.context
-    logits = min(LOGITS, tokens * -(-shape.vocab_size // mesh.tensor))
-    head = -(-shape.vocab_size // mesh.tensor) * shape.hidden_size
+    # The first stage of a pipeline keeps as many passes as there are stages: no less in all.
+    kept = size * (tokens // mesh.tensor) * activations(shape, options.compute, mesh.tensor)
+    working = max(
+        _loss(shape, tokens, size, mesh.tensor, learns=learned is None),
+        _block(shape, options.compute, tokens // mesh.tensor, size, mesh.tensor),
+    )
+    gradients = size * held
+    if options.rows_per_step <= mesh.readers * options.rows_per_pass:
+        gradients = max(0, gradients - kept - working)
     return Memory(
         weights=size * held + frozen,
         masters=0 if single else 4 * held,
         moments=moments * held,
-        gradients=size * held,
+        gradients=gradients,
         gathered=gathered // mesh.tensor,
-        # The first stage of a pipeline keeps as many passes as there are stages: no less in all.
-        activations=size
-        * (tokens // mesh.tensor)
-        * activations(shape, options.compute.recompute, mesh.tensor),
-        loss=(2 * size + 4) * logits + (4 * head if learned is None else 0),
+        activations=kept,
+        working=working,
     )
 
 
-def activations(shape: ModelShape, recompute: str, tensor: int = 1) -> int:
+def activations(shape: ModelShape, compute: Computing, tensor: int = 1) -> int:
     """Numbers a token leaves for the backward pass, in all blocks and around them, on each of the
     `tensor` ranks that share the tokens and gather both normalized streams of a block.
 
     Of a block without recompute: its input, both normalized streams, q, k and v before and after
     the rotation as one each, what attention gives, the stream between, gate, up and their product.
+    In 8 bits the inputs of products are half a number each, or made anew from what is there.
     """
-    hidden = shape.hidden_size
-    heads = shape.num_attention_heads * shape.head_dim
-    kv_heads = shape.num_key_value_heads * shape.head_dim
-    chosen = (shape.moe_top_k + shape.num_shared_experts) if shape.num_experts else 1
-    width = shape.intermediate_size * chosen
+    hidden, attention, width = _widths(shape)
     block = {
-        "none": (2 + 2 * tensor) * hidden + 2 * heads + 2 * kv_heads + 3 * width,
-        "selective": 2 * hidden + 2 * heads + 2 * kv_heads + 2 * width,
+        "none": (2 + 2 * tensor) * hidden + attention + 3 * width,
+        "selective": 2 * hidden + attention + 2 * width,
         "full": hidden,
-    }[recompute]
-    alive = 0  # of the one block that is computed again
-    if recompute != "none":
-        alive = (2 + 2 * tensor) * hidden + 2 * heads + 2 * kv_heads + 3 * width
-    return shape.num_hidden_layers * block + alive + 3 * hidden
+    }[compute.recompute]
+    if compute.fp8 and compute.recompute == "none":
+        block = 2 * hidden + attention + 2 * width + hidden // 2
+    return shape.num_hidden_layers * block + 3 * hidden
+
+
+def _loss(shape: ModelShape, tokens: int, size: int, tensor: int, *, learns: bool) -> int:
+    """Logits of a chunk, and the head's gradient in fp32 with what is added to it."""
+    vocabulary = -(-shape.vocab_size // tensor)
+    in_place = size == SIZES["bfloat16"]  # on a GPU; a CPU has the gradient beside the logits
+    logits = min(tokens, chunk_rows(tokens, vocabulary, in_place=in_place)) * vocabulary
+    head = (4 + size) * vocabulary * shape.hidden_size if learns else 0
+    return (size if in_place else 2 * size + 4) * logits + head
+
+
+def _block(shape: ModelShape, compute: Computing, tokens: int, size: int, tensor: int) -> int:
+    """Gradients within a block, and what it computes again."""
+    hidden, attention, width = _widths(shape)
+    again = (2 + 2 * tensor) * hidden + attention + 3 * width
+    return size * tokens * (2 * hidden + 3 * width + (again if compute.recompute != "none" else 0))
+
+
+def _widths(shape: ModelShape) -> tuple[int, int, int]:
+    """Of a token: the stream, all that attention takes and gives, and the feed-forward."""
+    attention = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    chosen = (shape.moe_top_k + shape.num_shared_experts) if shape.num_experts else 1
+    return shape.hidden_size, attention, shape.intermediate_size * chosen
 
 
 def seconds(

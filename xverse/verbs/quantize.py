@@ -46,7 +46,7 @@ class Config:
     asymmetric: bool = False
     """Integers that need not lie around zero: a little better, a little larger."""
     head: Literal["int8", "int4", "none"] | None = None
-    """The vocabulary head; int8 by itself at int4, else as it was."""
+    """The vocabulary head; int8 by itself at int4 and int8, else as it was."""
     embedding: Literal["int8", "int4"] | None = None
     """The input embedding (of some models also the head); else as it was."""
     table: bool = False
