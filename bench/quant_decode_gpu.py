@@ -1,14 +1,15 @@
 """HOW FAST DOES A GPU DECODE QUANTIZED WEIGHTS? XVERSE-7B's shape, random weights, one GPU.
 
     check   kernels against fp64 for every scheme; logits of steps against the same model in fp32
-    tune    candidate cuts of each product: GB/s of weights, the best three listed (tune1: of one row)
+    tune    candidate cuts of each product: GB/s of weights, the best three listed
+    tune1   the same of one row alone
     steps   whole steps of one row, all cuts changed alike
     speed   whole steps as CUDA graphs with greedy sampling, 128 tokens held and 256 more: tokens/s
     serve   the engine with 64 requests of 128 in, 128 out at int4: new tokens/s
 
-`python -m bench.quant_decode_gpu check,speed` runs some of it; some seconds each on an H200: 40,
-90 (60), 60, 40, 40. `TRITON_INTERPRET=1 ... --small` goes the same way on a CPU. Figures are kept after
-every part, under $OUT where that is set.
+`python -m bench.quant_decode_gpu check,speed` runs some of it; seconds each on an H200, about: 40,
+90, 60, 70, 40, 40. `TRITON_INTERPRET=1 ... --small` goes the same way on a CPU. Figures are kept
+after every part, under $OUT where that is set.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -406,7 +408,7 @@ def _each(call: Callable[[FewBits], Tensor], weights: list[FewBits]) -> None:
 
 
 def steps() -> dict[str, object]:
-    """Tokens/s of one row, all products cut otherwise than they are today, one way after another."""
+    """Tokens/s of one row, all products cut otherwise than they are today, in one way at a time."""
     shape = small_shape() if SMALL else CATALOG["xverse-7b"]
     kinds = {"int4": "int4 g128", "int8-row": "int8 row"}
     names = {"int4": ("qkv", "o", "gate_up", "down"), "int8-row": tuple(SIZES)}
@@ -422,30 +424,33 @@ def steps() -> dict[str, object]:
         )
     )
     figures: dict[str, object] = {}
-    plain = few_bits_triton.choose_words_tile
     for model in kinds:
         decoder = random_model(shape, MODELS[model])
         step = step_of(decoder, 1)
         for name, change in CHANGES.items():
-            few_bits_triton.choose_words_tile = lambda *sizes, c=change, gated: c(  # type: ignore[assignment, misc]
-                plain(*sizes, gated=gated)
-            )
             try:
-                figures[f"{model}, {name}"] = round(1 / seconds_per_step(step), 1)
+                with mock.patch.object(few_bits_triton, "choose_words_tile", changed(change)):
+                    figures[f"{model}, {name}"] = round(1 / seconds_per_step(step), 1)
             except Exception as error:
                 figures[f"{model}, {name}"] = repr(error)[:100]
             print(f"{model:10}{name:32}{figures[f'{model}, {name}']} tokens/s", flush=True)
-        few_bits_triton.choose_words_tile = plain
         if not SMALL:
             profile(step)
         del decoder, step
     return figures
 
 
+def changed(change: Callable[[WordsTile], WordsTile]) -> Callable[..., WordsTile]:
+    def choose(outputs: int, inputs: int, bits: int, *, gated: bool) -> WordsTile:
+        return change(choose_words_tile(outputs, inputs, bits, gated=gated))
+
+    return choose
+
+
 def profile(step: DecodeStep) -> None:
     """Microseconds of each kernel of a captured step, as the driver sees them."""
-    replay = step.capture()
     step.positions.fill_(PROMPT)
+    replay = step.capture()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(4):
             replay()
@@ -495,6 +500,7 @@ def seconds_per_step(step: DecodeStep) -> float:
         step.ids.copy_(logits.argmax(-1))
         step.positions.add_(1)
 
+    step.positions.fill_(PROMPT)  # what is captured runs, and there are pages for one answer
     replay = (lambda: then(step())) if SMALL else step.capture(then)
     times = []
     for _ in range(1 if SMALL else 5):

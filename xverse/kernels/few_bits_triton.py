@@ -241,6 +241,12 @@ def _store(
 
 
 @triton.jit
+def _nothing():
+    """A tuple that is to grow; of no type that a checker of types could hold to."""
+    return ()
+
+
+@triton.jit
 def _one_row(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr,
     outputs, eps,
@@ -268,7 +274,7 @@ def _one_row(
         _ask_for_all(at + start * (WORDS * 4), own, BLOCK_W // 4)
         if GATED:
             _ask_for_all(at + (start + outputs) * (WORDS * 4), own, BLOCK_W // 4)
-    coming = ()
+    coming = _nothing()
     for step in tl.static_range(AHEAD):
         row = first + step // sides * BLOCK_N + step % sides * outputs
         found = _weights(
@@ -279,8 +285,8 @@ def _one_row(
     wait_for_input(PDL)
 
     factor = _norm_scale(x_ptr, eps, INPUTS, NORM, 256)
-    sums = ()
-    for step in tl.static_range(each):
+    sums = _nothing()
+    for _ in tl.static_range(each):
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32),)
     for chunk in range(chunks):
         start = chunk * BLOCK_W

@@ -96,7 +96,8 @@ def _longest(outputs: int, each: int, warps: int) -> tuple[bool, int]:
     """How bad programs of `each` outputs are: with more than 12 warps a multiprocessor the next
     kernel's find no room beside them; then the most outputs that one of these has to do. Where
     there is never room, few programs are best."""
-    programs = -(-(-(-outputs // each)) // MULTIPROCESSORS)
+    programs = -(-outputs // each)
+    programs = -(-programs // MULTIPROCESSORS)
     crowded = programs * warps > 12
     return crowded, -each if crowded else programs * each
 
