@@ -197,14 +197,53 @@ def _sums(
 
 
 @triton.jit
-def _ask_for(address, bytes, AT_ONCE: tl.constexpr):
-    """Have so many bytes, a multiple of 128, brought into the second-level cache meanwhile."""
+def ask_for(addresses):
+    """Have lines of 128 bytes brought into the second-level cache meanwhile."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ask_for_all(address, bytes, AT_ONCE: tl.constexpr):
+    """So many bytes, a multiple of 128."""
     for start in range(0, bytes, AT_ONCE * 128):
-        at = tl.minimum(start + tl.arange(0, AT_ONCE) * 128, bytes - 128)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address + at],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        ask_for(address + tl.minimum(start + tl.arange(0, AT_ONCE) * 128, bytes - 128))
+
+
+@triton.jit
+def _summed(sums, scale_ptr, row, live, GROUP: tl.constexpr):
+    """The sum of each row in full size, and scaled where that was not done before."""
+    y = tl.sum(sums, 1) / LOW
+    if GROUP == 0:
+        y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _store(
+    sums, sums_up, scale_ptr, bias_ptr, residual_ptr, out_ptr, row, outputs,
+    GROUP: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What follows the sums of some rows: bias, SwiGLU, residual."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    live = row < outputs
+    y = _summed(sums, scale_ptr, row, live, GROUP)
+    y = rounded(y, bias_ptr, row, live, dtype, BIASED)
+    if GATED:
+        up = _summed(sums_up, scale_ptr, row + outputs, live, GROUP)
+        up = rounded(up, bias_ptr, row + outputs, live, dtype, BIASED)
+        y = swiglu(y, up, dtype)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
+    tl.store(out_ptr + row, y.to(dtype), live)
+
+
+@triton.jit
+def _nothing():
+    """A tuple that is to grow; of no type that a checker of types could hold to."""
+    return ()
 
 
 @triton.jit
@@ -215,80 +254,68 @@ def _one_row(
     ZEROS: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    NEAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of one token. Next to the tile in use, the next one is always on its way."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    """y [N] of one token, TILES of BLOCK_N outputs a program, of which NEAR first asks for all.
+
+    Block of words by block of words, tile by tile, and gate before up. AHEAD tiles of weights are
+    on their way, the first ones before x is there. All is unrolled: across the end of a loop the
+    assembler asks for weights late, to save registers.
+    """
     WORDS: tl.constexpr = INPUTS * BITS // 32
-    if AHEAD:
+    sides: tl.constexpr = 2 if GATED else 1
+    each: tl.constexpr = TILES * sides
+    chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
+    first = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
+    if NEAR:
         start = tl.program_id(0) * (BLOCK_N * TILES)
         own = tl.minimum(BLOCK_N * TILES, outputs - start) * (WORDS * 4)
         at = weight_ptr.to(tl.pointer_type(tl.int8))
-        _ask_for(at + start * (WORDS * 4), own, BLOCK_W // 4)
+        _ask_for_all(at + start * (WORDS * 4), own, BLOCK_W // 4)
         if GATED:
-            _ask_for(at + (start + outputs) * (WORDS * 4), own, BLOCK_W // 4)
-    chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
-    row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
-    sides: tl.constexpr = 2 if GATED else 1  # gate above, up below
-    rows = outputs * sides
-    weights = _weights(
-        weight_ptr, scale_ptr, zero_ptr, row, rows, 0, WORDS, BITS, GROUP, ZEROS, BLOCK_W
-    )
-    if GATED:
-        weights_up = _weights(
-            weight_ptr, scale_ptr, zero_ptr, row + outputs, rows, 0,
+            _ask_for_all(at + (start + outputs) * (WORDS * 4), own, BLOCK_W // 4)
+    coming = _nothing()
+    for step in tl.static_range(AHEAD):
+        row = first + step // sides * BLOCK_N + step % sides * outputs
+        found = _weights(
+            weight_ptr, scale_ptr, zero_ptr, row, outputs * sides, 0,
             WORDS, BITS, GROUP, ZEROS, BLOCK_W,
         )  # fmt: skip
+        coming = coming + (found,)
     wait_for_input(PDL)
 
     factor = _norm_scale(x_ptr, eps, INPUTS, NORM, 256)
-    if chunks == 1:
-        x = _x_by_words(x_ptr, norm_ptr, 0, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
-    for tile in tl.static_range(TILES):
-        sums = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
-        sums_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
-        # Unrolled: across the end of a loop the assembler asks for weights late, to save registers.
-        for chunk in tl.static_range(chunks):
-            now = weights
-            if GATED:
-                now_up = weights_up
-            if chunk + 1 < chunks or tile + 1 < TILES:
-                if chunk + 1 < chunks:
-                    next_row, start = row, (chunk + 1) * BLOCK_W
-                else:
-                    next_row, start = row + BLOCK_N, 0
-                weights = _weights(
-                    weight_ptr, scale_ptr, zero_ptr, next_row, rows, start,
-                    WORDS, BITS, GROUP, ZEROS, BLOCK_W,
+    sums = _nothing()
+    for _ in tl.static_range(each):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32),)
+    for chunk in range(chunks):
+        start = chunk * BLOCK_W
+        x = _x_by_words(x_ptr, norm_ptr, start, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
+        for step in tl.static_range(each):
+            # Of the next block where this one's tiles are all on their way; behind the last
+            # block there is nothing.
+            later = (step + AHEAD) % each
+            row = first + later // sides * BLOCK_N + later % sides * outputs
+            found = _weights(
+                weight_ptr, scale_ptr, zero_ptr, row, outputs * sides,
+                start + (step + AHEAD) // each * BLOCK_W, WORDS, BITS, GROUP, ZEROS, BLOCK_W,
+            )  # fmt: skip
+            more = _sums(coming[0], x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
+            coming = coming[1:] + (found,)
+            sums = sums[1:] + (sums[0] + more,)
+            if chunks == 1 and step % sides == sides - 1:
+                _store(
+                    sums[-sides], sums[-1], scale_ptr, bias_ptr, residual_ptr, out_ptr,
+                    first + step // sides * BLOCK_N, outputs, GROUP, BIASED, GATED, RESIDUAL,
                 )  # fmt: skip
-                if GATED:
-                    weights_up = _weights(
-                        weight_ptr, scale_ptr, zero_ptr, next_row + outputs, rows, start,
-                        WORDS, BITS, GROUP, ZEROS, BLOCK_W,
-                    )  # fmt: skip
-            if chunks > 1:
-                x = _x_by_words(
-                    x_ptr, norm_ptr, chunk * BLOCK_W, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W
-                )
-            sums += _sums(now, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
-            if GATED:
-                sums_up += _sums(now_up, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
 
-        live = row < outputs
-        y = tl.sum(sums, 1) / LOW
-        if GROUP == 0:
-            y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
-        y = rounded(y, bias_ptr, row, live, dtype, BIASED)
-        if GATED:
-            up = tl.sum(sums_up, 1) / LOW
-            if GROUP == 0:
-                up *= tl.load(scale_ptr + row + outputs, live, 0.0).to(tl.float32)
-            up = rounded(up, bias_ptr, row + outputs, live, dtype, BIASED)
-            y = swiglu(y, up, dtype)
-        if RESIDUAL:
-            y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
-        tl.store(out_ptr + row, y.to(dtype), live)
-        row += BLOCK_N
+    if chunks > 1:
+        for tile in tl.static_range(TILES):
+            _store(
+                sums[tile * sides], sums[tile * sides + sides - 1], scale_ptr, bias_ptr,
+                residual_ptr, out_ptr, first + tile * BLOCK_N, outputs,
+                GROUP, BIASED, GATED, RESIDUAL,
+            )  # fmt: skip
 
 
 def one_row(
@@ -317,7 +344,7 @@ def one_row(
     assert packed.numel() < 2**31, "offsets are 32 bits wide"
     y_TN = x_TD.new_empty(1, outputs)
     words_ND = packed.view(torch.int32)
-    tile = tile or choose_words_tile(outputs, words_ND.shape[1], gated=gated)
+    tile = tile or choose_words_tile(outputs, inputs, weight.bits, gated=gated)
     weight_D, eps = (x_TD, 0.0) if norm is None else (norm.weight_D, norm.eps)
     _one_row[(triton.cdiv(outputs, tile.outputs * tile.tiles),)](
         x_TD.view(torch.int64), weight_D.view(torch.int64), words_ND, scale, zero,
@@ -328,7 +355,11 @@ def one_row(
         NORM=rounding(norm),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
         BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles,
-        AHEAD=tile.ahead and x_TD.is_cuda and inputs * weight.bits % 1024 == 0, PDL=pdl,
+        AHEAD=min(tile.ahead, tile.tiles * sides),
+        # Lines of the cache have 128 bytes; the interpreter has none.
+        NEAR=tile.near and x_TD.is_cuda and inputs * weight.bits % 1024 == 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
+        # Or the compiler takes all there are, and no other program fits beside this one.
+        maxnreg=128 if words_ND.shape[1] <= tile.words else 168,
     )  # fmt: skip
     return y_TN
