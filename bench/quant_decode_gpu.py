@@ -285,7 +285,7 @@ def candidates(name: str, scheme: Scheme, rows: int) -> list[WordsTile | FewBits
         found += [change(first) for change in CHANGES.values()]
         found.append(first._replace(outputs=8, tiles=max(1, first.tiles // 2), ahead=1))
     else:
-        found += [first._replace(near=False), first._replace(stages=first.stages + 2)]
+        found += [first._replace(near=0), first._replace(stages=first.stages + 2)]
         found += [first._replace(splits=n) for n in (1, 2, 4, 8) if n == 1 or name != "head"]
         if not product.gated:
             found.append(first._replace(outputs=128, stages=3, splits=2 * first.splits))
@@ -294,12 +294,13 @@ def candidates(name: str, scheme: Scheme, rows: int) -> list[WordsTile | FewBits
 
 CHANGES: dict[str, Callable[[WordsTile], WordsTile]] = {
     "as chosen": lambda tile: tile,
-    "not near": lambda tile: tile._replace(near=False),
+    "not near": lambda tile: tile._replace(near=0),
+    "all near": lambda tile: tile._replace(near=1024),
     "one ahead": lambda tile: tile._replace(ahead=1),
     "three ahead": lambda tile: tile._replace(ahead=3),
     "half the tiles": lambda tile: tile._replace(tiles=max(1, tile.tiles // 2)),
     "a third of the tiles, not near": lambda tile: tile._replace(
-        tiles=max(1, tile.tiles // 3), near=False
+        tiles=max(1, tile.tiles // 3), near=0
     ),
     "half the outputs": lambda tile: tile._replace(outputs=2),
     "half the warps": lambda tile: tile._replace(warps=max(1, tile.warps // 2), outputs=2),

@@ -187,12 +187,13 @@ def _some_rows(
     row_up = row + outputs * (sides - 1)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    if NEAR:  # all that is read here, into the second-level cache
-        for line in range(0, EACH // PER_BYTE, 128):
-            place = tl.minimum(split * (EACH // PER_BYTE) + line, WIDTH - 1)
-            ask_for(weight_ptr + row * WIDTH + place)
-            if GATED:
-                ask_for(weight_ptr + row_up * WIDTH + place)
+    # So many bytes of each row, into the second-level cache.
+    near: tl.constexpr = min(EACH // PER_BYTE, NEAR * 1024 // (BLOCK_N * sides))
+    for line in range(0, near, 128):
+        place = tl.minimum(split * (EACH // PER_BYTE) + line, WIDTH - 1)
+        ask_for(weight_ptr + row * WIDTH + place)
+        if GATED:
+            ask_for(weight_ptr + row_up * WIDTH + place)
     # Asked for a chunk ahead: the compiler does not do so with what is not multiplied by x.
     first = 0 if GROUP == 0 else split * EACH // GROUP
     scale = _scale_of(scale_ptr, row, first, GROUPS, BLOCK_N)
@@ -284,7 +285,7 @@ def some_rows(
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
         ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs, EACH=each, SPLITS=splits,
         STAGES=tile.stages, ASM=x_TD.is_cuda and x_TD.dtype == torch.bfloat16,
-        NEAR=tile.near and x_TD.is_cuda, PDL=pdl,
+        NEAR=tile.near if x_TD.is_cuda else 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN

@@ -207,9 +207,9 @@ def ask_for(addresses):
 
 @triton.jit
 def _ask_for_all(address, bytes, AT_ONCE: tl.constexpr):
-    """So many bytes, a multiple of 128."""
-    for start in range(0, bytes, AT_ONCE * 128):
-        ask_for(address + tl.minimum(start + tl.arange(0, AT_ONCE) * 128, bytes - 128))
+    """So many bytes, a multiple of 128, of 32 bit words."""
+    for start in range(0, bytes // 4, AT_ONCE * 32):
+        ask_for(address + tl.minimum(start + tl.arange(0, AT_ONCE) * 32, bytes // 4 - 32))
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def _one_row(
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
     NEAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of one token, TILES of BLOCK_N outputs a program, of which NEAR first asks for all.
+    """y [N] of one token, TILES of BLOCK_N outputs a program, which first asks for NEAR KiB.
 
     Block of words by block of words, tile by tile, and gate before up. AHEAD tiles of weights are
     on their way, the first ones before x is there. All is unrolled: across the end of a loop the
@@ -267,13 +267,12 @@ def _one_row(
     each: tl.constexpr = TILES * sides
     chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
     first = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
-    if NEAR:
+    if NEAR > 0:
         start = tl.program_id(0) * (BLOCK_N * TILES)
         own = tl.minimum(BLOCK_N * TILES, outputs - start) * (WORDS * 4)
-        at = weight_ptr.to(tl.pointer_type(tl.int8))
-        _ask_for_all(at + start * (WORDS * 4), own, BLOCK_W // 4)
-        if GATED:
-            _ask_for_all(at + (start + outputs) * (WORDS * 4), own, BLOCK_W // 4)
+        own = tl.minimum(own, NEAR * 1024 // sides)
+        for side in tl.static_range(sides):
+            _ask_for_all(weight_ptr + (start + side * outputs) * WORDS, own, BLOCK_W // 4)
     coming = _nothing()
     for step in tl.static_range(AHEAD):
         row = first + step // sides * BLOCK_N + step % sides * outputs
@@ -357,7 +356,7 @@ def one_row(
         BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles,
         AHEAD=min(tile.ahead, tile.tiles * sides),
         # Lines of the cache have 128 bytes; the interpreter has none.
-        NEAR=tile.near and x_TD.is_cuda and inputs * weight.bits % 1024 == 0, PDL=pdl,
+        NEAR=tile.near if x_TD.is_cuda and inputs * weight.bits % 1024 == 0 else 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
         # Or the compiler takes all there are, and no other program fits beside this one.
         maxnreg=128 if words_ND.shape[1] <= tile.words else 168,

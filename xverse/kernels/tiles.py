@@ -38,15 +38,15 @@ class RowsTile(NamedTuple):
 
 class WordsTile(NamedTuple):
     """The cut of one token's product with few bits: outputs, and words of 32 bits, a tile; tiles a
-    program; warps; tiles that are on their way (gate and up are two). `near`: a program first asks
-    for all its weights to come into the cache."""
+    program; warps; tiles that are on their way (gate and up are two). `near`: KiB of its
+    weights that a program first asks to come into the cache, which has 50 MiB for all."""
 
     outputs: int
     words: int
     tiles: int = 1
     warps: int = 4
     ahead: int = 2
-    near: bool = True
+    near: int = 48
 
 
 class FewBitsRowsTile(NamedTuple):
@@ -57,7 +57,7 @@ class FewBitsRowsTile(NamedTuple):
     stages: int
     warps: int = 4
     splits: int = 1
-    near: bool = True
+    near: int = 24
 
 
 def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
@@ -89,7 +89,9 @@ def choose_words_tile(outputs: int, inputs: int, bits: int, *, gated: bool) -> W
     # Tiles and blocks are unrolled: not too many instructions.
     tiles = range(1, max(1, min(8, 16 // (blocks * sides))) + 1)
     best = min(tiles, key=lambda tiles: _longest(outputs, 4 * tiles, warps))
-    return WordsTile(4, width * bits // 32, best, warps, ahead=2 if bits == 4 else 1)
+    crowded, _ = _longest(outputs, 4 * best, warps)
+    ahead, near = 2 if bits == 4 else 1, 0 if crowded else 48
+    return WordsTile(4, width * bits // 32, best, warps, ahead, near)
 
 
 def _longest(outputs: int, each: int, warps: int) -> tuple[bool, int]:
