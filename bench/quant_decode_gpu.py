@@ -2,14 +2,12 @@
 
     check   kernels against fp64 for every scheme; logits of steps against the same model in fp32
     tune    candidate cuts of each product: GB/s of weights, the best three listed
-    tune1   the same of one row alone
-    steps   whole steps of one row, all cuts changed alike
     speed   whole steps as CUDA graphs with greedy sampling, 128 tokens held and 256 more: tokens/s
     serve   the engine with 64 requests of 128 in, 128 out at int4: new tokens/s
 
-`python -m bench.quant_decode_gpu check,speed` runs some of it; seconds each on an H200, about: 40,
-90, 60, 70, 40, 40. `TRITON_INTERPRET=1 ... --small` goes the same way on a CPU. Figures are kept
-after every part, under $OUT where that is set.
+`python -m bench.quant_decode_gpu check,speed` runs some of it; some seconds each on an H200: 40,
+90, 40, 40. `TRITON_INTERPRET=1 ... --small` goes the same way on a CPU. Figures are kept after
+every part, under $OUT where that is set.
 """
 
 import dataclasses
@@ -23,7 +21,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,7 +33,7 @@ from xverse.engine.engine import Engine
 from xverse.engine.footprint import bytes_per_token, copy_bandwidth
 from xverse.engine.options import EngineOptions
 from xverse.engine.step import DecodeStep
-from xverse.kernels import few_bits_triton, reference, reference_few_bits
+from xverse.kernels import reference, reference_few_bits
 from xverse.kernels.few_bits_rows_triton import embed_rows, multiply_rows, some_rows
 from xverse.kernels.few_bits_triton import one_row
 from xverse.kernels.multiply_rows_triton import Scratch
@@ -60,7 +57,7 @@ from xverse.quant.scheme import Scheme
 
 SMALL = "--small" in sys.argv
 DEVICE = torch.device("cpu" if SMALL else "cuda")
-PARTS = ("check", "tune", "speed", "serve")  # unless told: tune1 and steps, too
+PARTS = ("check", "tune", "speed", "serve")
 BYTES = 2**14 if SMALL else 2**30  # of weights that a graph reads: far more than the cache holds
 PAGE, PROMPT, ANSWER = 64, 128, 8 if SMALL else 256
 SIZES = (
@@ -144,8 +141,9 @@ def dequantized(decoder: Decoder, shape: ModelShape, dtype: torch.dtype) -> Deco
             matrix = FewBits(source.weight, source.scale, source.zero)
             held.copy_(reference_few_bits.dequantize(matrix))
         else:
-            assert isinstance(source.weight, Tensor)
-            held.copy_(source.weight)
+            weight = source.weight
+            assert isinstance(weight, Tensor), "as the one that it goes into"
+            held.copy_(weight)
     return plain
 
 
@@ -156,7 +154,9 @@ def exact(x: Tensor, weight: FewBits, extra: dict[str, object], *, gated: bool) 
     """In fp64, of x normalized as the kernels round it."""
     norm, residual = extra["norm"], extra["residual_TN"]
     if isinstance(norm, Norm):
-        x = reference.rms_norm(x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
+        x = reference.rms_norm(
+            x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32
+        )
     y = x.double() @ reference_few_bits.dequantize(weight).double().T
     if gated:
         y = reference.swiglu_joined(y)
@@ -265,56 +265,54 @@ class Job(NamedTuple):
     tile: WordsTile | FewBitsRowsTile
 
 
+ONE_ROW = {
+    "qkv": [(4, 512, 6), (4, 512, 3), (8, 512, 3), (8, 512, 1), (4, 512, 1), (2, 512, 4)],
+    "o": [(8, 512, 1), (4, 512, 1), (4, 512, 2), (2, 512, 2), (2, 512, 1)],
+    "gate_up": [(4, 512, 3), (2, 512, 7), (2, 512, 4), (1, 512, 8), (4, 512, 1), (2, 512, 1)],
+    "down": [(4, 512, 2), (8, 512, 1), (4, 512, 1), (4, 256, 2), (2, 512, 4), (2, 512, 2)],
+    "head": [(4, 512, 8), (8, 512, 4), (4, 512, 4), (2, 512, 8), (4, 512, 16)],
+}
+SOME_ROWS = [(64, 4, 4), (64, 6, 4), (128, 3, 4), (128, 4, 8)]
+
+
 def chosen(name: str, scheme: Scheme, rows: int) -> WordsTile | FewBitsRowsTile:
     """The cut that is taken today."""
     product = SIZES[name]
     outputs = product.outputs // 2 if product.gated else product.outputs
     if rows == 1:
-        return choose_words_tile(outputs, product.inputs, scheme.bits, gated=product.gated)
+        words = product.inputs * scheme.bits // 32
+        return choose_words_tile(outputs, words, gated=product.gated)
     group = scheme.group_size or (0 if scheme.symmetric else product.inputs)
     return choose_few_bits_rows_tile(rows, outputs, product.inputs, group, gated=product.gated)
 
 
 def candidates(name: str, scheme: Scheme, rows: int) -> list[WordsTile | FewBitsRowsTile]:
     """What is chosen today first; then the others."""
-    first, product = chosen(name, scheme, rows), SIZES[name]
-    found: list[WordsTile | FewBitsRowsTile] = [first]
+    product = SIZES[name]
+    found: list[WordsTile | FewBitsRowsTile] = [chosen(name, scheme, rows)]
     if SMALL:
         return found
-    if isinstance(first, WordsTile):
-        found += [change(first) for change in CHANGES.values()]
-        found.append(first._replace(outputs=8, tiles=max(1, first.tiles // 2), ahead=1))
-    else:
-        found += [first._replace(near=0), first._replace(stages=first.stages + 2)]
-        found += [first._replace(splits=n) for n in (1, 2, 4, 8) if n == 1 or name != "head"]
-        if not product.gated:
-            found.append(first._replace(outputs=128, stages=3, splits=2 * first.splits))
+    if rows == 1:
+        for outputs, words, tiles in ONE_ROW[name]:
+            block = words * scheme.bits // 4
+            found.append(WordsTile(outputs, block, tiles, block // 128))
+            if scheme.bits == 4:
+                found.append(WordsTile(outputs, block // 2, tiles, block // 256))
+        return list(dict.fromkeys(found))
+    for outputs, stages, warps in SOME_ROWS:
+        if product.gated and outputs == 128 and rows == 64:
+            continue
+        for splits in (2, 4) if product.outputs <= 4096 else (1,):
+            found.append(FewBitsRowsTile(outputs, 128, stages, warps, splits))
     return list(dict.fromkeys(found))
 
 
-CHANGES: dict[str, Callable[[WordsTile], WordsTile]] = {
-    "as chosen": lambda tile: tile,
-    "not near": lambda tile: tile._replace(near=0),
-    "all near": lambda tile: tile._replace(near=1024),
-    "one ahead": lambda tile: tile._replace(ahead=1),
-    "three ahead": lambda tile: tile._replace(ahead=3),
-    "half the tiles": lambda tile: tile._replace(tiles=max(1, tile.tiles // 2)),
-    "a third of the tiles, not near": lambda tile: tile._replace(
-        tiles=max(1, tile.tiles // 3), near=0
-    ),
-    "half the outputs": lambda tile: tile._replace(outputs=2),
-    "half the warps": lambda tile: tile._replace(warps=max(1, tile.warps // 2), outputs=2),
-    "twice the warps": lambda tile: tile._replace(warps=tile.warps * 2, outputs=8),
-}
-
-
-def jobs(several: bool) -> Iterator[Job]:
+def jobs() -> Iterator[Job]:
     for kind in ("int4 g128", "int8 row"):
         for name in SIZES:
             if name == "head" and SCHEMES[kind].bits == 4:
                 continue
-            counts = (1,) if not several else (1, 8) if SMALL or kind == "int8 row" else (1, 8, 64)
-            for rows in counts:
+            for rows in (1, 8) if SMALL or kind == "int8 row" else (1, 8, 64):
                 for tile in candidates(name, SCHEMES[kind], rows):
                     yield Job(name, kind, rows, tile)
 
@@ -334,8 +332,14 @@ def surroundings(product: Product, tokens: int) -> dict[str, object]:
 def call_of(job: Job, x: Tensor, extra: dict[str, object]) -> Callable[[FewBits], Tensor]:
     if isinstance(job.tile, WordsTile):
         return partial(one_row, x, tile=job.tile, pdl=not SMALL, **extra)  # type: ignore[arg-type]
-    more = extra | {"scratch": Scratch()}
-    return partial(some_rows, x, tile=job.tile, pdl=not SMALL, **more)  # type: ignore[arg-type]
+    return partial(
+        some_rows,
+        x,
+        tile=job.tile,
+        pdl=not SMALL,
+        scratch=Scratch(),
+        **extra,  # type: ignore[arg-type]
+    )
 
 
 def compile_one(job: Job) -> None:
@@ -367,9 +371,9 @@ def seconds(work: Callable[[], object], launches: int) -> float:
     return (time.perf_counter() - start) / launches
 
 
-def tune(several: bool = True) -> dict[str, object]:
+def tune() -> dict[str, object]:
     """GB/s of the best cuts, scales included, and of the one chosen today (marked *)."""
-    every = list(jobs(several))
+    every = list(jobs())
     compile_all(every)
     figures: dict[str, object] = {}
     for name, kind, rows in dict.fromkeys((job.name, job.kind, job.rows) for job in every):
@@ -403,63 +407,6 @@ def tune(several: bool = True) -> dict[str, object]:
 def _each(call: Callable[[FewBits], Tensor], weights: list[FewBits]) -> None:
     for weight in weights:
         call(weight)
-
-
-# --- steps
-
-
-def steps() -> dict[str, object]:
-    """Tokens/s of one row, all products cut otherwise than they are today, in one way at a time."""
-    shape = small_shape() if SMALL else CATALOG["xverse-7b"]
-    kinds = {"int4": "int4 g128", "int8-row": "int8 row"}
-    names = {"int4": ("qkv", "o", "gate_up", "down"), "int8-row": tuple(SIZES)}
-    compile_all(
-        list(
-            dict.fromkeys(
-                Job(name, kinds[model], 1, change(tile))
-                for model in kinds
-                for name in names[model]
-                for change in CHANGES.values()
-                if isinstance(tile := chosen(name, SCHEMES[kinds[model]], 1), WordsTile)
-            )
-        )
-    )
-    figures: dict[str, object] = {}
-    for model in kinds:
-        decoder = random_model(shape, MODELS[model])
-        step = step_of(decoder, 1)
-        for name, change in CHANGES.items():
-            try:
-                with mock.patch.object(few_bits_triton, "choose_words_tile", changed(change)):
-                    figures[f"{model}, {name}"] = round(1 / seconds_per_step(step), 1)
-            except Exception as error:
-                figures[f"{model}, {name}"] = repr(error)[:100]
-            print(f"{model:10}{name:32}{figures[f'{model}, {name}']} tokens/s", flush=True)
-        if not SMALL:
-            profile(step)
-        del decoder, step
-    return figures
-
-
-def changed(change: Callable[[WordsTile], WordsTile]) -> Callable[..., WordsTile]:
-    def choose(outputs: int, inputs: int, bits: int, *, gated: bool) -> WordsTile:
-        return change(choose_words_tile(outputs, inputs, bits, gated=gated))
-
-    return choose
-
-
-def profile(step: DecodeStep) -> None:
-    """Microseconds of each kernel of a captured step, as the driver sees them."""
-    step.positions.fill_(PROMPT)
-    replay = step.capture()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(4):
-            replay()
-        wait()
-    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
-    for row in rows[:8]:
-        each = row.self_device_time_total / row.count
-        print(f"    {each:8.1f} us x {row.count // 4:4}  {row.key[:60]}", flush=True)
 
 
 # --- speed
@@ -501,7 +448,6 @@ def seconds_per_step(step: DecodeStep) -> float:
         step.ids.copy_(logits.argmax(-1))
         step.positions.add_(1)
 
-    step.positions.fill_(PROMPT)  # what is captured runs, and there are pages for one answer
     replay = (lambda: then(step())) if SMALL else step.capture(then)
     times = []
     for _ in range(1 if SMALL else 5):
@@ -573,16 +519,6 @@ def keep(figures: dict[str, object]) -> None:
         Path(out, "quant_decode.json").write_text(json.dumps(figures, indent=1), "utf-8")
 
 
-DO: dict[str, Callable[[], dict[str, object]]] = {
-    "check": check,
-    "tune": tune,
-    "tune1": partial(tune, several=False),
-    "steps": steps,
-    "speed": speed,
-    "serve": serve,
-}
-
-
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
@@ -591,13 +527,15 @@ def main() -> None:
         mend_interpreter()
     asked = [word for word in sys.argv[1:] if not word.startswith("--")]
     parts = asked[0].split(",") if asked else list(PARTS)
-    assert set(parts) <= set(DO), f"there are {tuple(DO)}"
+    assert set(parts) <= set(PARTS), f"there are {PARTS}"
     figures: dict[str, object] = {"model": "xverse-7b shape, random quantized weights, bf16"}
     for part in parts:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                figures[part] = DO[part]()
+                figures[part] = {"check": check, "tune": tune, "speed": speed, "serve": serve}[
+                    part
+                ]()
         except Exception:
             traceback.print_exc()
             figures[part] = traceback.format_exc().splitlines()[-1]

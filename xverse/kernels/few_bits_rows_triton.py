@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xverse.kernels.between_triton import add_norm
-from xverse.kernels.few_bits_triton import ask_for, one_row
+from xverse.kernels.few_bits_triton import one_row
 from xverse.kernels.multiply_rows_triton import Scratch, finish
 from xverse.kernels.multiply_triton import rounding, wait_for_input
 from xverse.kernels.reference import Norm
@@ -170,7 +170,7 @@ def _some_rows(
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EACH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr, NEAR: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: program (tile of outputs, split of inputs).
 
@@ -187,13 +187,6 @@ def _some_rows(
     row_up = row + outputs * (sides - 1)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    # So many bytes of each row, into the second-level cache.
-    near: tl.constexpr = min(EACH // PER_BYTE, NEAR * 1024 // (BLOCK_N * sides))
-    for line in range(0, near, 128):
-        place = tl.minimum(split * (EACH // PER_BYTE) + line, WIDTH - 1)
-        ask_for(weight_ptr + row * WIDTH + place)
-        if GATED:
-            ask_for(weight_ptr + row_up * WIDTH + place)
     # Asked for a chunk ahead: the compiler does not do so with what is not multiplied by x.
     first = 0 if GROUP == 0 else split * EACH // GROUP
     scale = _scale_of(scale_ptr, row, first, GROUPS, BLOCK_N)
@@ -284,8 +277,7 @@ def some_rows(
         INPUTS=inputs, BITS=weight.bits, GROUP=group, ZEROS=zero is not None,
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
         ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs, EACH=each, SPLITS=splits,
-        STAGES=tile.stages, ASM=x_TD.is_cuda and x_TD.dtype == torch.bfloat16,
-        NEAR=tile.near if x_TD.is_cuda else 0, PDL=pdl,
+        STAGES=tile.stages, ASM=x_TD.is_cuda and x_TD.dtype == torch.bfloat16, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return y_TN

@@ -82,13 +82,10 @@ def _normalized(x, weight, scale, NORM: tl.constexpr):
 
 @triton.jit
 def _four_of_x(x_ptr, norm_ptr, place, inside, scale, NORM: tl.constexpr):
-    """Four columns of x, each [1, BLOCK_W], normalized if so wished; zero outside.
-
-    Of two dimensions from the load on: so it is bits that go from thread to thread, not floats.
-    """
-    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0)[None, :])
+    """Four columns of x, normalized if so wished; zero outside."""
+    a, b, c, d = _four(tl.load(x_ptr + place, inside, 0))
     if NORM != 0:
-        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0)[None, :])
+        e, f, g, h = _four(tl.load(norm_ptr + place, inside, 0))
         a = _normalized(a, e, scale, NORM)
         b = _normalized(b, f, scale, NORM)
         c = _normalized(c, g, scale, NORM)
@@ -112,8 +109,8 @@ def _x_by_words(
     WORDS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, NORM: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """x for a block of words: four columns of each [1, BLOCK_W], with 4 bits four more; what
-    `_column` adds to their sum [1, BLOCK_W]; and the sum of x itself, as small."""
+    """x for a block of words: four columns of each [BLOCK_W], with 4 bits four more; what
+    `_column` adds to their sum [BLOCK_W]; and the sum of x itself, as small."""
     word = start + tl.arange(0, BLOCK_W)
     inside = word < WORDS
     quads: tl.constexpr = 8 // BITS  # of columns in a word
@@ -181,69 +178,19 @@ def _sums(
     """Sums [BLOCK_N, BLOCK_W / 4] of the products with all columns of four words, scaled."""
     words, scale, zero = weights
     xs, more, added, total = x
-    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added
+    sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32) - added[None, :]
     for k in tl.static_range(4):
-        sums += _column(words, k, BITS, FLOAT) * xs[k]
+        sums += _column(words, k, BITS, FLOAT) * xs[k][None, :]
     if BITS == 4:
         for k in tl.static_range(4):
-            sums += _column(words, k + 4, BITS, FLOAT) * more[k]
+            sums += _column(words, k + 4, BITS, FLOAT) * more[k][None, :]
     sums = tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_W // 4, 4]), 2)
     if ZEROS:
-        spans = tl.sum(tl.reshape(total, [1, BLOCK_W // 4, 4]), 2)
-        sums -= zero.to(tl.float32) * spans
+        spans = tl.sum(tl.reshape(total, [BLOCK_W // 4, 4]), 1)
+        sums -= zero.to(tl.float32) * spans[None, :]
     if GROUP != 0:
         sums *= scale.to(tl.float32)
     return sums
-
-
-@triton.jit
-def ask_for(addresses):
-    """Have lines of 128 bytes brought into the second-level cache meanwhile."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _ask_for_all(address, bytes, AT_ONCE: tl.constexpr):
-    """So many bytes, a multiple of 128, of 32 bit words."""
-    for start in range(0, bytes // 4, AT_ONCE * 32):
-        ask_for(address + tl.minimum(start + tl.arange(0, AT_ONCE) * 32, bytes // 4 - 32))
-
-
-@triton.jit
-def _summed(sums, scale_ptr, row, live, GROUP: tl.constexpr):
-    """The sum of each row in full size, and scaled where that was not done before."""
-    y = tl.sum(sums, 1) / LOW
-    if GROUP == 0:
-        y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _store(
-    sums, sums_up, scale_ptr, bias_ptr, residual_ptr, out_ptr, row, outputs,
-    GROUP: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """What follows the sums of some rows: bias, SwiGLU, residual."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    live = row < outputs
-    y = _summed(sums, scale_ptr, row, live, GROUP)
-    y = rounded(y, bias_ptr, row, live, dtype, BIASED)
-    if GATED:
-        up = _summed(sums_up, scale_ptr, row + outputs, live, GROUP)
-        up = rounded(up, bias_ptr, row + outputs, live, dtype, BIASED)
-        y = swiglu(y, up, dtype)
-    if RESIDUAL:
-        y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
-    tl.store(out_ptr + row, y.to(dtype), live)
-
-
-@triton.jit
-def _nothing():
-    """A tuple that is to grow; of no type that a checker of types could hold to."""
-    return ()
 
 
 @triton.jit
@@ -253,68 +200,73 @@ def _one_row(
     INPUTS: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
-    NEAR: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of one token, TILES of BLOCK_N outputs a program, which first asks for NEAR KiB.
-
-    Block of words by block of words, tile by tile, and gate before up. AHEAD tiles of weights are
-    on their way, the first ones before x is there. All is unrolled: across the end of a loop the
-    assembler asks for weights late, to save registers.
-    """
+    """y [N] of one token. Next to the tile in use, the next one is always on its way."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     WORDS: tl.constexpr = INPUTS * BITS // 32
-    sides: tl.constexpr = 2 if GATED else 1
-    each: tl.constexpr = TILES * sides
     chunks: tl.constexpr = (WORDS + BLOCK_W - 1) // BLOCK_W
-    first = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
-    if NEAR > 0:
-        start = tl.program_id(0) * (BLOCK_N * TILES)
-        own = tl.minimum(BLOCK_N * TILES, outputs - start) * (WORDS * 4)
-        own = tl.minimum(own, NEAR * 1024 // sides)
-        for side in tl.static_range(sides):
-            _ask_for_all(weight_ptr + (start + side * outputs) * WORDS, own, BLOCK_W // 4)
-    coming = _nothing()
-    for step in tl.static_range(AHEAD):
-        row = first + step // sides * BLOCK_N + step % sides * outputs
-        found = _weights(
-            weight_ptr, scale_ptr, zero_ptr, row, outputs * sides, 0,
+    row = tl.program_id(0) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
+    sides: tl.constexpr = 2 if GATED else 1  # gate above, up below
+    rows = outputs * sides
+    weights = _weights(
+        weight_ptr, scale_ptr, zero_ptr, row, rows, 0, WORDS, BITS, GROUP, ZEROS, BLOCK_W
+    )
+    if GATED:
+        weights_up = _weights(
+            weight_ptr, scale_ptr, zero_ptr, row + outputs, rows, 0,
             WORDS, BITS, GROUP, ZEROS, BLOCK_W,
         )  # fmt: skip
-        coming = coming + (found,)
     wait_for_input(PDL)
 
     factor = _norm_scale(x_ptr, eps, INPUTS, NORM, 256)
-    sums = _nothing()
-    for _ in tl.static_range(each):
-        sums = sums + (tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32),)
-    for chunk in range(chunks):
-        start = chunk * BLOCK_W
-        x = _x_by_words(x_ptr, norm_ptr, start, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
-        for step in tl.static_range(each):
-            # Of the next block where this one's tiles are all on their way; behind the last
-            # block there is nothing.
-            later = (step + AHEAD) % each
-            row = first + later // sides * BLOCK_N + later % sides * outputs
-            found = _weights(
-                weight_ptr, scale_ptr, zero_ptr, row, outputs * sides,
-                start + (step + AHEAD) // each * BLOCK_W, WORDS, BITS, GROUP, ZEROS, BLOCK_W,
-            )  # fmt: skip
-            more = _sums(coming[0], x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
-            coming = coming[1:] + (found,)
-            sums = sums[1:] + (sums[0] + more,)
-            if chunks == 1 and step % sides == sides - 1:
-                _store(
-                    sums[-sides], sums[-1], scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                    first + step // sides * BLOCK_N, outputs, GROUP, BIASED, GATED, RESIDUAL,
+    if chunks == 1:
+        x = _x_by_words(x_ptr, norm_ptr, 0, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W)
+    for tile in tl.static_range(TILES):
+        sums = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
+        sums_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
+        # Unrolled: across the end of a loop the assembler asks for weights late, to save registers.
+        for chunk in tl.static_range(chunks):
+            now = weights
+            if GATED:
+                now_up = weights_up
+            if chunk + 1 < chunks or tile + 1 < TILES:
+                if chunk + 1 < chunks:
+                    next_row, start = row, (chunk + 1) * BLOCK_W
+                else:
+                    next_row, start = row + BLOCK_N, 0
+                weights = _weights(
+                    weight_ptr, scale_ptr, zero_ptr, next_row, rows, start,
+                    WORDS, BITS, GROUP, ZEROS, BLOCK_W,
                 )  # fmt: skip
+                if GATED:
+                    weights_up = _weights(
+                        weight_ptr, scale_ptr, zero_ptr, next_row + outputs, rows, start,
+                        WORDS, BITS, GROUP, ZEROS, BLOCK_W,
+                    )  # fmt: skip
+            if chunks > 1:
+                x = _x_by_words(
+                    x_ptr, norm_ptr, chunk * BLOCK_W, factor, WORDS, BITS, FLOAT, NORM, BLOCK_W
+                )
+            sums += _sums(now, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
+            if GATED:
+                sums_up += _sums(now_up, x, BITS, FLOAT, GROUP, ZEROS, BLOCK_N, BLOCK_W)
 
-    if chunks > 1:
-        for tile in tl.static_range(TILES):
-            _store(
-                sums[tile * sides], sums[tile * sides + sides - 1], scale_ptr, bias_ptr,
-                residual_ptr, out_ptr, first + tile * BLOCK_N, outputs,
-                GROUP, BIASED, GATED, RESIDUAL,
-            )  # fmt: skip
+        live = row < outputs
+        y = tl.sum(sums, 1) / LOW
+        if GROUP == 0:
+            y *= tl.load(scale_ptr + row, live, 0.0).to(tl.float32)
+        y = rounded(y, bias_ptr, row, live, dtype, BIASED)
+        if GATED:
+            up = tl.sum(sums_up, 1) / LOW
+            if GROUP == 0:
+                up *= tl.load(scale_ptr + row + outputs, live, 0.0).to(tl.float32)
+            up = rounded(up, bias_ptr, row + outputs, live, dtype, BIASED)
+            y = swiglu(y, up, dtype)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + row, live, 0.0).to(tl.float32)
+        tl.store(out_ptr + row, y.to(dtype), live)
+        row += BLOCK_N
 
 
 def one_row(
@@ -343,7 +295,7 @@ def one_row(
     assert packed.numel() < 2**31, "offsets are 32 bits wide"
     y_TN = x_TD.new_empty(1, outputs)
     words_ND = packed.view(torch.int32)
-    tile = tile or choose_words_tile(outputs, inputs, weight.bits, gated=gated)
+    tile = tile or choose_words_tile(outputs, words_ND.shape[1], gated=gated)
     weight_D, eps = (x_TD, 0.0) if norm is None else (norm.weight_D, norm.eps)
     _one_row[(triton.cdiv(outputs, tile.outputs * tile.tiles),)](
         x_TD.view(torch.int64), weight_D.view(torch.int64), words_ND, scale, zero,
@@ -353,12 +305,7 @@ def one_row(
         GROUP=weight.group or (0 if zero is None else inputs), ZEROS=zero is not None,
         NORM=rounding(norm),
         BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
-        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles,
-        AHEAD=min(tile.ahead, tile.tiles * sides),
-        # Lines of the cache have 128 bytes; the interpreter has none.
-        NEAR=tile.near if x_TD.is_cuda and inputs * weight.bits % 1024 == 0 else 0, PDL=pdl,
+        BLOCK_N=tile.outputs, BLOCK_W=tile.words, TILES=tile.tiles, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
-        # Or the compiler takes all there are, and no other program fits beside this one.
-        maxnreg=128 if words_ND.shape[1] <= tile.words else 168,
     )  # fmt: skip
     return y_TN

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 MOST_ROWS = 32  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
 FEW_BITS_ROWS = 64  # likewise where weights are quantized: cuBLAS would need them dequantized
-MULTIPROCESSORS = 132  # of an H200; of other GPUs, programs are less even
 NORM_ON_LOAD = 0  # tokens up to which a product normalizes its input itself, by ready squares
 
 
@@ -38,26 +37,22 @@ class RowsTile(NamedTuple):
 
 class WordsTile(NamedTuple):
     """The cut of one token's product with few bits: outputs, and words of 32 bits, a tile; tiles a
-    program; warps; tiles that are on their way (gate and up are two). `near`: KiB of its
-    weights that a program first asks to come into the cache, which has 50 MiB for all."""
+    program; warps."""
 
     outputs: int
     words: int
     tiles: int = 1
     warps: int = 4
-    ahead: int = 2
-    near: int = 48
 
 
 class FewBitsRowsTile(NamedTuple):
-    """The cut of a product of 2 to 64 tokens with few bits; as in `RowsTile` and `WordsTile`."""
+    """The cut of a product of 2 to 64 tokens with few bits; as in `RowsTile`."""
 
     outputs: int
     inputs: int
     stages: int
     warps: int = 4
     splits: int = 1
-    near: int = 24
 
 
 def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
@@ -78,30 +73,15 @@ def choose_tile(outputs: int, inputs: int, *, gated: bool) -> Tile:
     return Tile(outputs=4, inputs=2048)
 
 
-def choose_words_tile(outputs: int, inputs: int, bits: int, *, gated: bool) -> WordsTile:
+def choose_words_tile(outputs: int, words: int, *, gated: bool) -> WordsTile:
     """The cut of one token's product with few bits (`bench/quant_decode_gpu.py`); `outputs` as they
-    come out. A thread has 32 columns of x, if a row has as many for all."""
-    width = _width(inputs)
-    warps, sides = max(1, width // 1024), 2 if gated else 1
-    if bits == 8 and 4096 == width < inputs:  # too many registers: half of the columns a thread
-        width = 2048
-    blocks = -(-inputs // width)
-    # Tiles and blocks are unrolled: not too many instructions.
-    tiles = range(1, max(1, min(8, 16 // (blocks * sides))) + 1)
-    best = min(tiles, key=lambda tiles: _longest(outputs, 4 * tiles, warps))
-    crowded, _ = _longest(outputs, 4 * best, warps)
-    ahead, near = 2 if bits == 4 else 1, 0 if crowded else 48
-    return WordsTile(4, width * bits // 32, best, warps, ahead, near)
-
-
-def _longest(outputs: int, each: int, warps: int) -> tuple[bool, int]:
-    """How bad programs of `each` outputs are: with more than 12 warps a multiprocessor the next
-    kernel's find no room beside them; then the most outputs that one of these has to do. Where
-    there is never room, few programs are best."""
-    programs = -(-outputs // each)
-    programs = -(-programs // MULTIPROCESSORS)
-    crowded = programs * warps > 12
-    return crowded, -each if crowded else programs * each
+    come out, `words` of 32 bits a row."""
+    block = next((w for w in (1024, 512, 256) if words >= 0.85 * w * -(-words // w)), 128)
+    rows, programs = 4, 132 * (3 if gated else 4)  # what the chip holds at once
+    # Tiles and blocks of words are unrolled: not too many instructions.
+    most = max(1, 8 * block // words)
+    tiles = max(1, min(most, -(-outputs // (rows * programs))))
+    return WordsTile(rows, block, tiles, warps=block // 128)
 
 
 def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> RowsTile:
@@ -128,15 +108,8 @@ def choose_few_bits_rows_tile(
     one scale a row. Two sides of 128 outputs and 64 tokens are too much for the registers."""
     chunk = gcd(group, 128) if group else 128
     wide = 128 if tokens > 32 and outputs >= 132 * 128 and not gated else 64
-    room = {16: (6, 4), 32: (4, 3), 64: (3, 2)}[16 if tokens <= 16 else 32 if tokens <= 32 else 64]
-    tiles, at_once = -(-outputs // wide), MULTIPROCESSORS * room[gated]
-
-    def slowness(splits: int) -> float:  # of a round of programs, and of joining their sums
-        ragged = -(-inputs // chunk) % splits > 0  # the last one's loads have masks, and so all
-        return -(-tiles * splits // at_once) / splits + splits / 50 + ragged / 20
-
-    splits = min(range(1, max(1, min(8, inputs // 512)) + 1), key=slowness)
-    return FewBitsRowsTile(wide, chunk, stages=3 if tokens > 32 else 4, splits=splits)
+    splits = min(4, max(1, 264 * 64 // outputs)) if inputs >= 1024 else 1
+    return FewBitsRowsTile(wide, chunk, stages=4, warps=4, splits=splits)
 
 
 def block_of_rows(tokens: int) -> int:
