@@ -20,8 +20,8 @@ from torch import Tensor
 from bench.quant_quality import passed, rows_of, stored
 from bench.record import record
 from xverse.checkpoint.load import load
-from xverse.kernels import dispatch, reference_steps
-from xverse.kernels.dispatch import Choice
+from xverse.kernels import dispatch_quantized, reference_steps
+from xverse.kernels.choice import Choice
 from xverse.kernels.multiply_rounded import LEAST_ROWS
 from xverse.kernels.reference_few_bits import FewBits
 from xverse.quant.compare import compare
@@ -39,7 +39,7 @@ def in_8_bits(x_TD: Tensor, weight: FewBits) -> Tensor:
 def computed_by(call: Callable[[Tensor, FewBits], Tensor]) -> Iterator[None]:
     """While it lasts, quantized layers compute so."""
     choice = Choice("products", "the twins", "their quality is measured", call)
-    with mock.patch.object(dispatch, "multiply_steps", return_value=choice):
+    with mock.patch.object(dispatch_quantized, "multiply_steps", return_value=choice):
         yield
 
 

@@ -154,9 +154,7 @@ def exact(x: Tensor, weight: FewBits, extra: dict[str, object], *, gated: bool) 
     """In fp64, of x normalized as the kernels round it."""
     norm, residual = extra["norm"], extra["residual_TN"]
     if isinstance(norm, Norm):
-        x = reference.rms_norm(
-            x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32
-        )
+        x = reference.rms_norm(x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
     y = x.double() @ reference_few_bits.dequantize(weight).double().T
     if gated:
         y = reference.swiglu_joined(y)

@@ -40,7 +40,7 @@ from xverse.engine.host_table import keep_on_host
 from xverse.engine.options import EngineOptions
 from xverse.engine.paged import Paged
 from xverse.engine.request import Request, Sampling, Token
-from xverse.kernels import dispatch, multiply_rounded, reference_steps
+from xverse.kernels import dispatch_quantized, multiply_rounded, reference_steps
 from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits, dequantize, pack_nibbles
@@ -198,7 +198,9 @@ def check(place: Place) -> Figures:
             steps = random_steps("int4", 64, outputs, inputs, place)
             for rows in (65, 128, 256, 300):
                 x = torch.randn(rows, inputs, device=place.device, dtype=place.dtype)
-                chosen = dispatch.multiply_steps(place.device, place.dtype, rows, steps.form)
+                chosen = dispatch_quantized.multiply_steps(
+                    place.device, place.dtype, rows, steps.form
+                )
                 exact = x.double() @ exact_of(steps).T
                 name = f"{outputs} x {inputs}, {rows} rows"
                 found[name] = passed(chosen.call(x, steps), exact, 6e-3, name)

@@ -8,7 +8,6 @@ import torch
 from tests.engine.tiny import tiny_decoder
 from xverse.engine.host_table import keep_on_host
 from xverse.errors import XverseError
-from xverse.kernels import dispatch
 from xverse.kernels.look_up import look_up
 from xverse.model.decoder import Decoder
 from xverse.quant.quantize import quantize
@@ -33,7 +32,7 @@ def test_what_a_gpu_cannot_read_from_there_is_refused(monkeypatch: pytest.Monkey
     tied = deepcopy(tiny_decoder())
     tied.lm_head = None
     assert "It is the head, too" in why_not(tied)
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: False)
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: False)
     assert "Triton is not installed" in why_not(deepcopy(tiny_decoder()))
 
 

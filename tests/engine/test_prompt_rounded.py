@@ -8,7 +8,7 @@ import torch
 from tests.engine.tiny import tiny_decoder
 from xverse.engine.device_runner import DeviceRunner
 from xverse.engine.paged import Paged
-from xverse.kernels import dispatch, reference_steps
+from xverse.kernels import dispatch_quantized, reference_steps
 from xverse.kernels.multiply_rounded import LEAST_ROWS
 from xverse.kernels.reference_few_bits import FewBits
 from xverse.model.cache import Packed
@@ -50,7 +50,7 @@ def in_8_bits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(x.values))
         return reference_steps.multiply_rounded(x, steps)
 
-    monkeypatch.setattr(dispatch, "why_not_rounded", lambda *_: "")
+    monkeypatch.setattr(dispatch_quantized, "why_not_rounded", lambda *_: "")
     monkeypatch.setattr(linear, "multiply_rounded", multiply)
     return made
 

@@ -9,7 +9,7 @@ import torch
 from tests.tiny_model import published_config, random_decoder
 from xverse.engine.step import DecodeStep, unfit
 from xverse.errors import XverseError
-from xverse.kernels import dispatch, reference
+from xverse.kernels import choice, dispatch, reference
 from xverse.model.cache import Growing
 from xverse.model.decoder import Decoder, initialize
 from xverse.model.fuse import fuse
@@ -74,9 +74,9 @@ def test_any_number_of_rows_gives_the_decoders_logits(rows: int) -> None:
 
 def by_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    plain = dispatch.Choice("attention", "plain", "", reference.rotate_store_attend)
+    plain = choice.Choice("attention", "plain", "", reference.rotate_store_attend)
     monkeypatch.setattr(dispatch, "rotate_store_attend", lambda *_, **__: plain)
-    monkeypatch.setattr(dispatch, "_why_no_triton", lambda *_, **__: "")
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda *_, **__: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (8, 0))
 
 

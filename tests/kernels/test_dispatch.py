@@ -9,6 +9,7 @@ from xverse.kernels import (
     attend,
     attend_cpu,
     dispatch,
+    dispatch_quantized,
     native,
     packed,
     reference,
@@ -19,6 +20,7 @@ from xverse.kernels import (
     reference_steps,
     reference_train,
 )
+from xverse.log import warn_once
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,17 +63,17 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
 
 def test_a_gpu_without_fp8_falls_back_for_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: True)
     choice = dispatch.attend_chunks(CUDA, torch.bfloat16, fp8=True)
     assert choice.call is reference.attend_chunks
     assert "first with FP8" in choice.reason
-    choice = dispatch.multiply_few_bits(CUDA, torch.bfloat16, fp8=True)
+    choice = dispatch_quantized.multiply_few_bits(CUDA, torch.bfloat16, fp8=True)
     assert choice.call is reference_few_bits.multiply_rows
     pytest.importorskip("triton")
     assert dispatch.attend_chunks(CUDA, torch.bfloat16).call is not reference.attend_chunks
-    choice = dispatch.multiply_few_bits(CUDA, torch.bfloat16)
+    choice = dispatch_quantized.multiply_few_bits(CUDA, torch.bfloat16)
     assert choice.call is not reference_few_bits.multiply_rows
-    choice = dispatch.multiply_few_bits(CUDA, torch.float16)
+    choice = dispatch_quantized.multiply_few_bits(CUDA, torch.float16)
     assert "is not bfloat16" in choice.reason
 
 
@@ -92,8 +94,8 @@ def test_a_gpu_that_falls_back_says_so_once(
     why: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: triton)
-    dispatch.warn_once.cache_clear()
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: triton)
+    warn_once.cache_clear()
     for _ in range(2):
         choice = dispatch.multiply_rows(CUDA, dtype)
         assert choice.call is reference.multiply_rows
@@ -105,7 +107,7 @@ def test_a_large_batch_is_for_cublas_and_no_cause_for_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: True)
     choice = dispatch.multiply_rows(CUDA, torch.bfloat16, 65)
     assert choice.call is reference.multiply_rows
     assert "65 tokens" in choice.reason
@@ -116,8 +118,8 @@ def test_experts_that_can_only_be_called_one_by_one_are_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
-    dispatch.warn_once.cache_clear()
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: True)
+    warn_once.cache_clear()
     choice = dispatch.mix_experts(CUDA, torch.bfloat16, "they are quantized")
     assert choice.call is reference_experts.mix_experts
     assert "they are quantized" in caplog.text

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xverse.kernels import dispatch, multiply_rounded, reference_steps
+from xverse.kernels import dispatch_quantized, multiply_rounded, reference_steps
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits, Form, dequantize, pack_nibbles
 from xverse.kernels.reference_steps import RoundedRows
@@ -181,19 +181,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if there were an H200; what is chosen for it is not called."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch, "_triton_is_here", lambda: True)
-    dispatch.multiply_steps.cache_clear()
+    monkeypatch.setattr("xverse.kernels.choice.triton_is_here", lambda: True)
+    dispatch_quantized.multiply_steps.cache_clear()
     yield monkeypatch
-    dispatch.multiply_steps.cache_clear()
+    dispatch_quantized.multiply_steps.cache_clear()
 
 
 def chosen(rows: int, form: Form, dtype: torch.dtype = torch.bfloat16) -> str:
-    return str(dispatch.multiply_steps(CUDA, dtype, rows, form))
+    return str(dispatch_quantized.multiply_steps(CUDA, dtype, rows, form))
 
 
 def test_the_number_of_rows_chooses(gpu: pytest.MonkeyPatch) -> None:
     int4, fp8 = Form("int4", 128, 4096, 4096), Form("fp8", 0, 4096, 4096)
-    few, many = dispatch.TILE_ROWS, dispatch.ROWS_APART
+    few, many = dispatch_quantized.TILE_ROWS, dispatch_quantized.ROWS_APART
     assert "widened in registers" in chosen(few, int4)
     assert "then cuBLAS" in chosen(many, int4)
     assert "widened in registers" in chosen(multiply_rounded.LEAST_ROWS - 1, fp8)
@@ -204,10 +204,10 @@ def test_what_a_kernel_cannot_do_goes_another_way_and_says_why(gpu: pytest.Monke
     assert "groups of 24" in chosen(8, Form("int4", 24, 4096, 96))
     assert "then cuBLAS" in chosen(8, Form("int4", 24, 4096, 96))
     odd = Form("fp8", 0, 4097, 4096)
-    assert "then cuBLAS" in chosen(dispatch.ROWS_APART, odd)
-    assert "4097" in dispatch.why_not_rounded(CUDA, torch.bfloat16, odd)
+    assert "then cuBLAS" in chosen(dispatch_quantized.ROWS_APART, odd)
+    assert "4097" in dispatch_quantized.why_not_rounded(CUDA, torch.bfloat16, odd)
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert "first with FP8" in dispatch.why_not_rounded(
+    assert "first with FP8" in dispatch_quantized.why_not_rounded(
         CUDA, torch.bfloat16, Form("fp8", 0, 64, 64)
     )
     assert "the reference" in chosen(8, Form("int8", 128, 64, 128), torch.float32)

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny_model import published_config, random_decoder
 from xverse.kernels import dispatch
-from xverse.kernels.dispatch import Choice
+from xverse.kernels.choice import Choice
 from xverse.model.feedforward import MixtureOfExperts
 from xverse.quant.quantize import quantize
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.train.tiny import tiny_decoder
 from xverse.errors import XverseError
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch_quantized
 from xverse.model.cache import Packed
 from xverse.model.decoder import Decoder
 from xverse.quant.linear import QuantizedLinear
@@ -141,7 +141,7 @@ def test_compiled_blocks_choose_no_kernels_of_serving(monkeypatch: pytest.Monkey
     decoder = lora.add_lora(quantize(tiny_decoder(), "int4"), Lora())
     wanted = logits(decoder).detach()
     compiled(decoder, backend="eager")
-    monkeypatch.setattr(dispatch, "multiply_steps", chosen)
+    monkeypatch.setattr(dispatch_quantized, "multiply_steps", chosen)
     ids, kv = torch.arange(24) * 7 % 64, Packed((10, 14))
     found = decoder.hidden(ids, kv.positions(), kv)
     found.sum().backward()

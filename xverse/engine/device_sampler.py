@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xverse.engine.sampler import Sampler, refuse_unknown
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch_sampling
 from xverse.kernels.reference_sample import MOST, mark_prompt
 
 SCORED_AT_ONCE = 64  # rows of logits in fp32 that are held for log-probabilities
@@ -65,11 +65,11 @@ class DeviceSampler:
         self._options = torch.zeros(len(OPTIONS), slots, dtype=torch.float64)
         self._counts: Tensor | None = None  # [slots, V] int16, when first wanted
         self._additions: tuple[object, Tensor, Tensor] | None = None
-        self._best = dispatch.best_rows(device, slots, vocab_size).call
-        self._sample = dispatch.sample_rows(device, slots, vocab_size).call
-        self._mask = dispatch.mask_rows(device).call
-        self._penalize = dispatch.penalize_rows(device).call
-        self._count = dispatch.count_rows(device).call
+        self._best = dispatch_sampling.best_rows(device, slots, vocab_size).call
+        self._sample = dispatch_sampling.sample_rows(device, slots, vocab_size).call
+        self._mask = dispatch_sampling.mask_rows(device).call
+        self._penalize = dispatch_sampling.penalize_rows(device).call
+        self._count = dispatch_sampling.count_rows(device).call
 
     def enter(
         self,

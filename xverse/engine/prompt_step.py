@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.engine.paged import Paged
-from xverse.kernels import dispatch, reference
+from xverse.kernels import dispatch, dispatch_quantized, reference
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_steps import RoundedRows
 from xverse.model.decoder import Block, Decoder
@@ -57,8 +57,8 @@ class PromptStep:
         fp8 = kv.scales(0) is not None
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu = dispatch.swiglu_joined(device, dtype).call
-        self.add_norm_rounded = dispatch.add_norm_rounded(device, dtype).call
-        self.swiglu_rounded = dispatch.swiglu_rounded(device, dtype).call
+        self.add_norm_rounded = dispatch_quantized.add_norm_rounded(device, dtype).call
+        self.swiglu_rounded = dispatch_quantized.swiglu_rounded(device, dtype).call
         self.rotate_store = dispatch.rotate_store(device, dtype, fp8=fp8).call
         self.attend = dispatch.attend_chunks(device, dtype, fp8=fp8).call
         shape = decoder.shape

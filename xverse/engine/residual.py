@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch, dispatch_quantized
 from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_few_bits import FewBits
@@ -76,8 +76,10 @@ class FewRows:
         self.add_rows = dispatch.add_rows(device, dtype, rows).call
         if schemes:
             fp8 = any(scheme.kind == "float" for scheme in schemes)
-            self.embed_few_bits = dispatch.embed_few_bits(device, dtype, fp8=fp8).call
-            self.multiply_few_bits = dispatch.multiply_few_bits(device, dtype, fp8=fp8).call
+            self.embed_few_bits = dispatch_quantized.embed_few_bits(device, dtype, fp8=fp8).call
+            self.multiply_few_bits = dispatch_quantized.multiply_few_bits(
+                device, dtype, fp8=fp8
+            ).call
 
     def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         if isinstance(table_VD, QuantizedLinear):

@@ -1,9 +1,7 @@
 """WHICH ARITHMETIC, AND WHY. The table from operation, device and dtype to what computes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,52 +9,39 @@ import torch
 from xverse.kernels import (
     attend,
     attend_cpu,
-    multiply_rounded,
     native,
     packed,
     reference,
     reference_experts,
-    reference_few_bits,
     reference_packed,
-    reference_sample,
-    reference_steps,
     reference_train,
 )
+from xverse.kernels.choice import PDL_SINCE, Choice, plain, why_no_triton
 from xverse.kernels.cuts import Scratch
+from xverse.kernels.dispatch_quantized import (
+    ROWS_APART,
+    add_norm_rounded,
+    embed_few_bits,
+    multiply_few_bits,
+    multiply_steps,
+    swiglu_rounded,
+)
+from xverse.kernels.dispatch_sampling import (
+    best_rows,
+    count_rows,
+    mask_rows,
+    penalize_rows,
+    sample_rows,
+)
 from xverse.kernels.multiply import ROWS
-from xverse.kernels.multiply_rounded import LEAST_ROWS
-from xverse.kernels.reference_few_bits import FewBits, Form
-from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
-from xverse.log import warn_once
-
-TRITON_SINCE = (8, 0)  # compute capability: bf16 in the tensor cores
-ANY_LOGITS = "logits of any dtype on CUDA"
-FP8_SINCE = (8, 9)  # conversions to and from e4m3 in the hardware
-PDL_SINCE = (9, 0)  # programmatic dependent launch
-# Rows up to which quantized weights are widened in registers, for every block of 128 rows anew.
-# Above, widening them once into memory costs less (all of 7B: 13 GB written and read, 6 ms):
-# computed, for `bench/quant_gpu.py` to confirm.
-TILE_ROWS = 256
-ROWS_APART = max(TILE_ROWS, LEAST_ROWS) + 1
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What computes an operation here: its function, its name for people, and the reason."""
-
-    operation: str
-    implementation: str
-    reason: str
-    call: Callable[..., Any]
-
-    def __str__(self) -> str:
-        return f"{self.operation}: {self.implementation} ({self.reason})"
+from xverse.kernels.reference_few_bits import Form
+from xverse.kernels.tiles import MOST_ROWS
 
 
 def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
     """The function in the place of `reference.multiply_rows`, for steps of `rows` tokens."""
     operation = "products of a decode step"
-    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+    if not why_no_triton(device, dtype) and rows > MOST_ROWS:
         why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
     return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
@@ -65,44 +50,10 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
 def add_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
     """The function in the place of `reference.add_rows`, for steps of `rows` tokens."""
     operation = "products onto the residual stream"
-    if not _why_no_triton(device, dtype) and rows > MOST_ROWS:
+    if not why_no_triton(device, dtype) and rows > MOST_ROWS:
         why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.add_rows)
     return _product(operation, "add_rows", "residual and its squares", device, dtype)
-
-
-def multiply_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
-    """The function in the place of `reference_few_bits.multiply_rows`, for up to FEW_BITS_ROWS
-    tokens; it holds memory of its own, one for each stream that runs steps. `fp8`: that of weights.
-    """
-    operation = "products of a decode step with weights in " + ("FP8" if fp8 else "integers")
-    why_not = _why_no_few_bits(device, dtype, fp8=fp8)
-    if why_not:
-        return _plain(operation, reference_few_bits.multiply_rows, device, why_not)
-    from xverse.kernels import few_bits_rows_triton
-    from xverse.kernels.multiply_rows_triton import Scratch as Sums
-
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    return Choice(
-        operation,
-        "Triton, as they are stored, fused with norm, SwiGLU and residual"
-        + ", dependent launch" * pdl,
-        f"{dtype} on CUDA, at most {FEW_BITS_ROWS} tokens; above, weights are dequantized",
-        partial(few_bits_rows_triton.multiply_rows, scratch=Sums(), pdl=pdl),
-    )
-
-
-def embed_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
-    """The function in the place of `reference_few_bits.embed_rows`; `fp8`: that of the vectors."""
-    operation = "embedding of a decode step with vectors in " + ("FP8" if fp8 else "integers")
-    why_not = _why_no_few_bits(device, dtype, fp8=fp8)
-    if why_not:
-        return _plain(operation, reference_few_bits.embed_rows, device, why_not)
-    from xverse.kernels import few_bits_rows_triton
-
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    call = partial(few_bits_rows_triton.embed_rows, pdl=pdl)
-    return Choice(operation, "Triton, in one pass", f"{dtype} on CUDA", call)
 
 
 def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -135,9 +86,9 @@ def rotate_store_attend(
     It holds memory of its own: one for each stream that runs steps. `fp8`: that of the pages.
     """
     operation = "attention of a decode step" + " over FP8" * fp8
-    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    why_not = why_no_triton(device, dtype, fp8=fp8)
     if why_not:
-        return _plain(operation, reference.rotate_store_attend, device, why_not)
+        return plain(operation, reference.rotate_store_attend, device, why_not)
     from xverse.kernels import attend_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
@@ -154,9 +105,9 @@ def rotate_store_attend(
 def rotate_store(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
     """The function in the place of `reference.rotate_store`, for chunks of prompts."""
     operation = "rope and store of prompts" + " as FP8" * fp8
-    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    why_not = why_no_triton(device, dtype, fp8=fp8)
     if why_not:
-        return _plain(operation, reference.rotate_store, device, why_not)
+        return plain(operation, reference.rotate_store, device, why_not)
     from xverse.kernels import chunks_triton
 
     why = f"{dtype} on CUDA"
@@ -166,9 +117,9 @@ def rotate_store(device: torch.device, dtype: torch.dtype, *, fp8: bool = False)
 def attend_chunks(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
     """The function in the place of `reference.attend_chunks`."""
     operation = "attention of prompts" + " over FP8" * fp8
-    why_not = _why_no_triton(device, dtype, fp8=fp8)
+    why_not = why_no_triton(device, dtype, fp8=fp8)
     if why_not:
-        return _plain(operation, reference.attend_chunks, device, why_not)
+        return plain(operation, reference.attend_chunks, device, why_not)
     from xverse.kernels import chunks_triton
 
     why = f"{dtype} on CUDA"
@@ -181,7 +132,7 @@ def attend_whole(device: torch.device, dtype: torch.dtype, *, grouped: bool = Fa
     `grouped`: whether several query heads share a key head.
     """
     operation = "attention of long prompts"
-    why_not = _why_no_triton(device, dtype) or "several query heads share a key head" * grouped
+    why_not = why_no_triton(device, dtype) or "several query heads share a key head" * grouped
     if why_not:
         return Choice(operation, "none of its own", why_not, reference.attend)
     return Choice(operation, "cuDNN", f"{dtype} on CUDA", attend.attend_whole)
@@ -191,7 +142,7 @@ def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = 
     """What mixes documents in a row: `attend.attend_documents`, or on a GPU `attend_rows` where
     they have `equal` lengths and `attend_offsets` otherwise, which take these in other forms."""
     operation = "attention of documents in a row" + ", of one length" * equal
-    why_not = _why_no_triton(device, dtype)
+    why_not = why_no_triton(device, dtype)
     if why_not:
         by = "PyTorch's, document by document"
         return Choice(operation, by, why_not, attend.attend_documents)
@@ -204,9 +155,9 @@ def attend_documents(device: torch.device, dtype: torch.dtype, *, equal: bool = 
 def score(device: torch.device) -> Choice:
     """The function in the place of `reference_train.score_logits`; it may overwrite the logits."""
     operation = "loss of a chunk of logits"
-    why_not = _why_no_triton(device, torch.bfloat16)
+    why_not = why_no_triton(device, torch.bfloat16)
     if why_not:
-        return _plain(operation, reference_train.score_logits, device, why_not)
+        return plain(operation, reference_train.score_logits, device, why_not)
     from xverse.kernels import score_triton
 
     why = "each logit is read once and its gradient written once, in its place"
@@ -216,57 +167,13 @@ def score(device: torch.device) -> Choice:
 def adamw(device: torch.device) -> Choice:
     """The function in the place of `reference_train.adamw`."""
     operation = "update of weights"
-    why_not = _why_no_triton(device, torch.bfloat16)
+    why_not = why_no_triton(device, torch.bfloat16)
     if why_not:
-        return _plain(operation, reference_train.adamw, device, why_not)
+        return plain(operation, reference_train.adamw, device, why_not)
     from xverse.kernels import update_triton
 
     why = "weight, moments and gradient are read once and written once"
     return Choice(operation, "Triton, in one pass", why, update_triton.adamw)
-
-
-def best_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
-    """The function in the place of `reference_sample.best_rows`, for up to `rows` rows.
-
-    This and `sample_rows` hold memory of their own: one for each stream that chooses.
-    """
-    operation = "greedy choice of tokens"
-    why_not = _why_no_triton(device, torch.bfloat16)
-    if why_not:
-        return _plain(operation, reference_sample.best_rows, device, why_not)
-    from xverse.kernels import sample_triton
-
-    scratch = sample_triton.Scratch.reserve(rows, vocab_size, device, greedy=True)
-    call = partial(sample_triton.best_rows, scratch=scratch)
-    return Choice(operation, "Triton, one launch, several programs a row", ANY_LOGITS, call)
-
-
-def sample_rows(device: torch.device, rows: int = 1, vocab_size: int = 1) -> Choice:
-    """The function in the place of `reference_sample.sample_rows`, for up to `rows` rows."""
-    operation = "choice of tokens by options"
-    why_not = _why_no_triton(device, torch.bfloat16)
-    if why_not:
-        return _plain(operation, reference_sample.sample_rows, device, why_not)
-    from xverse.kernels import sample_triton
-
-    scratch = sample_triton.Scratch.reserve(rows, vocab_size, device)
-    call = partial(sample_triton.sample_rows, scratch=scratch)
-    return Choice(operation, "Triton, without sorting and without the host", ANY_LOGITS, call)
-
-
-def mask_rows(device: torch.device) -> Choice:
-    """The function in the place of `reference_sample.mask_rows`."""
-    return _change("mask of allowed tokens", "mask_rows", device)
-
-
-def penalize_rows(device: torch.device) -> Choice:
-    """The function in the place of `reference_sample.penalize_rows`."""
-    return _change("penalties of tokens", "penalize_rows", device)
-
-
-def count_rows(device: torch.device) -> Choice:
-    """The function in the place of `reference_sample.count_rows`."""
-    return _change("count of tokens", "count_rows", device)
 
 
 def mixture_rows(
@@ -277,9 +184,9 @@ def mixture_rows(
     It holds memory of its own: one for each stream that runs steps.
     """
     operation = "experts of a decode step"
-    why_not = _why_no_triton(device, dtype)
+    why_not = why_no_triton(device, dtype)
     if why_not:
-        return _plain(operation, reference_experts.mixture_rows, device, why_not)
+        return plain(operation, reference_experts.mixture_rows, device, why_not)
     from xverse.kernels import experts_triton, grouped_triton, route_triton
 
     scratch = route_triton.Scratch.reserve(rows, experts, device)
@@ -303,9 +210,9 @@ def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> 
     `why_not`: why these experts can only be called one by one, if so.
     """
     operation = "experts of a prompt"
-    why_not = _why_no_triton(device, dtype) or why_not
+    why_not = why_no_triton(device, dtype) or why_not
     if why_not:
-        return _plain(operation, reference_experts.mix_experts, device, why_not)
+        return plain(operation, reference_experts.mix_experts, device, why_not)
     from xverse.kernels import grouped_triton
 
     return Choice(
@@ -316,60 +223,11 @@ def mix_experts(device: torch.device, dtype: torch.dtype, why_not: str = "") -> 
     )
 
 
-@lru_cache(maxsize=4096)
-def multiply_steps(device: torch.device, dtype: torch.dtype, rows: int, form: Form) -> Choice:
-    """The function in the place of `reference_steps.multiply_steps`, for a weight of this form.
-
-    `rows` of x; from ROWS_APART on they need not be told apart. Nothing is kept between calls.
-    """
-    operation = f"products of many rows with {form.kind} weights"
-    why_not = _why_no_triton(device, dtype)
-    if why_not:
-        return _plain(operation, reference_steps.multiply_steps, device, why_not)
-    from xverse.kernels import dequantize_triton, multiply_steps_triton
-
-    if rows >= LEAST_ROWS and not why_not_rounded(device, dtype, form):
-        why = f"{LEAST_ROWS} rows or more, of which each has a scale"
-        return Choice(operation, "cuBLAS in 8 bits, x rounded", why, _multiply_rounding)
-    why_not_tiles = multiply_steps_triton.why_not(form)
-    if rows <= TILE_ROWS and not why_not_tiles:
-        why = f"at most {TILE_ROWS} rows: weights are read as they are held"
-        call = multiply_steps_triton.multiply_steps
-        return Choice(operation, "Triton, widened in registers", why, call)
-    why = f"more than {TILE_ROWS} rows: widened once costs less than for every block of them"
-    by = "widened in one pass, then cuBLAS"
-    widened = dequantize_triton.multiply_widened
-    return Choice(operation, by, why if rows > TILE_ROWS else why_not_tiles, widened)
-
-
-def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str:
-    """Why many rows are not rounded to 8 bits for a product with such a weight; empty where they
-    are: by `round_triton` and `multiply_rounded`."""
-    why_not = "" if dtype == torch.bfloat16 else f"cuBLAS gives bfloat16 there, and not {dtype}"
-    return why_not or _why_no_triton(device, dtype, fp8=True) or multiply_rounded.why_not(form)
-
-
-def _multiply_rounding(x_TD: torch.Tensor, weight: FewBits) -> torch.Tensor:
-    from xverse.kernels import round_triton
-
-    return multiply_rounded.multiply_rounded(round_triton.round_rows(x_TD), weight)
-
-
-def add_norm_rounded(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference_steps.add_norm_rounded`."""
-    return _one_pass_rounded("residual and norm in 8 bits", "add_norm_rounded", device, dtype)
-
-
-def swiglu_rounded(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The function in the place of `reference_steps.swiglu_rounded`."""
-    return _one_pass_rounded("SwiGLU in 8 bits", "swiglu_rounded", device, dtype)
-
-
 def add_parts(device: torch.device, dtype: torch.dtype) -> Choice:
     """What adds the parts of several ranks: a function with an `Exchange` as second argument, or
     `reference.add_parts`, for which PyTorch's collectives must have brought them together."""
     operation = "sums over ranks"
-    why_not = _why_no_triton(device, dtype) or _why_no_links()
+    why_not = why_no_triton(device, dtype) or _why_no_links()
     if why_not:
         by = "NCCL" if device.type == "cuda" else "the reference, parts gathered by gloo"
         return Choice(operation, by, why_not, reference.add_parts)
@@ -469,23 +327,13 @@ def _compiled(
     return Choice(operation, "C, each row alone", why, call)
 
 
-def _change(operation: str, name: str, device: torch.device) -> Choice:
-    why_not = _why_no_triton(device, torch.bfloat16)
-    if why_not:
-        return _plain(operation, getattr(reference_sample, name), device, why_not)
-    from xverse.kernels import change_triton
-
-    call = getattr(change_triton, name)
-    return Choice(operation, "Triton, in place, only what changes", ANY_LOGITS, call)
-
-
 def _product(
     operation: str, name: str, fused: str, device: torch.device, dtype: torch.dtype
 ) -> Choice:
     """A product by the kernels that stream weights; it holds memory of its own, see Scratch."""
-    why_not = _why_no_triton(device, dtype)
+    why_not = why_no_triton(device, dtype)
     if why_not:
-        return _plain(operation, getattr(reference, name), device, why_not)
+        return plain(operation, getattr(reference, name), device, why_not)
     from xverse.kernels import multiply_rows_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
@@ -501,9 +349,9 @@ def _product(
 
 def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """What stands between products, by a kernel that reads and writes memory once."""
-    why_not = _why_no_triton(device, dtype)
+    why_not = why_no_triton(device, dtype)
     if why_not:
-        return _plain(operation, getattr(reference, name), device, why_not)
+        return plain(operation, getattr(reference, name), device, why_not)
     from xverse.kernels import between_triton
 
     pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
@@ -515,52 +363,6 @@ def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtyp
     )
 
 
-def _one_pass_rounded(
-    operation: str, name: str, device: torch.device, dtype: torch.dtype
-) -> Choice:
-    """What makes the input of products in 8 bits, and rounds it on the way."""
-    why_not = _why_no_triton(device, dtype, fp8=True)
-    if why_not:  # not said: then nothing is multiplied in 8 bits, and nobody asks for it
-        return Choice(
-            operation, "plain PyTorch, the reference", why_not, getattr(reference_steps, name)
-        )
-    from xverse.kernels import round_triton
-
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    call = partial(getattr(round_triton, name), pdl=pdl)
-    why = f"{dtype} on CUDA"
-    return Choice(operation, "Triton, in one pass" + ", dependent launch" * pdl, why, call)
-
-
-def _plain(operation: str, call: Callable[..., Any], device: torch.device, why: str) -> Choice:
-    if device.type == "cuda":
-        warn_once(f"{operation}: plain PyTorch, since {why}.")
-    return Choice(operation, "plain PyTorch, the reference", why, call)
-
-
-def _why_no_triton(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str:
-    """Why the Triton kernels do not serve here; empty where they do."""
-    if device.type != "cuda":
-        return f"they are for NVIDIA GPUs, and this is {device.type}"
-    if not _triton_is_here():
-        return "Triton is not installed; PyTorch for CUDA on Linux brings it"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON_SINCE:
-        return f"compute capability {capability} is below {TRITON_SINCE}"
-    if fp8 and capability < FP8_SINCE:
-        return f"compute capability {capability} is below {FP8_SINCE}, the first with FP8"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} is not among bfloat16 and float16"
-    return ""
-
-
-def _why_no_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool) -> str:
-    """Why the Triton kernels of quantized weights do not serve here; empty where they do."""
-    if dtype == torch.float16:
-        return f"{dtype} is not bfloat16, whose bits are the upper half of a float's"
-    return _why_no_triton(device, dtype, fp8=fp8)
-
-
 def _why_no_links() -> str:
     """Why the GPUs of this machine cannot write into each other's memory; empty where they can."""
     gpus = range(torch.cuda.device_count())
@@ -569,8 +371,3 @@ def _why_no_links() -> str:
     pairs = ((one, other) for one in gpus for other in gpus if one != other)
     apart = next((p for p in pairs if not torch.cuda.can_device_access_peer(*p)), None)
     return "" if apart is None else f"GPU {apart[0]} cannot reach the memory of GPU {apart[1]}"
-
-
-@lru_cache(maxsize=1)
-def _triton_is_here() -> bool:
-    return find_spec("triton") is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference
-from xverse.kernels.dispatch import Choice
+from xverse.kernels.choice import Choice
 from xverse.log import logger
 from xverse.parallel.plan import vocabulary_share
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xverse.errors import XverseError
-from xverse.kernels import dispatch
+from xverse.kernels import dispatch_quantized
 from xverse.kernels.multiply_rounded import LEAST_ROWS, multiply_rounded
 from xverse.kernels.reference_few_bits import (
     FewBits,
@@ -166,8 +166,8 @@ class QuantizedLinear(nn.Module):
             y_TN = gradient.multiply(self, x_TD, expert)
         else:
             weight, flat_TD = self.few_bits(expert), x_TD.flatten(0, -2)
-            rows = min(len(flat_TD), dispatch.ROWS_APART)
-            chosen = dispatch.multiply_steps(x_TD.device, x_TD.dtype, rows, weight.form)
+            rows = min(len(flat_TD), dispatch_quantized.ROWS_APART)
+            chosen = dispatch_quantized.multiply_steps(x_TD.device, x_TD.dtype, rows, weight.form)
             y_TN = chosen.call(flat_TD, weight).unflatten(0, x_TD.shape[:-1])
         return y_TN if self.bias is None else y_TN + self.bias
 
@@ -176,7 +176,7 @@ class QuantizedLinear(nn.Module):
         device, dtype = self.weight.device, self.scale.dtype
         if rows < LEAST_ROWS or self.weight.dim() != 2:
             return False
-        return not dispatch.why_not_rounded(device, dtype, self.few_bits().form)
+        return not dispatch_quantized.why_not_rounded(device, dtype, self.few_bits().form)
 
     def multiply_rounded(self, x: RoundedRows) -> Tensor:
         """As `forward`, of rows in 8 bits; for inference."""
