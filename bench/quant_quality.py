@@ -33,6 +33,7 @@ STORIES = 60_816_028  # bytes of stories15M.bin in llama2.data; its tokenizer fo
 ROWS: dict[str, tuple[Scheme, Method]] = {
     "published int8, per row": (Scheme(8), "rtn"),
     "int8 g128": (Scheme(8, 128), "search"),
+    "int8 g128, GPTQ": (Scheme(8, 128), "gptq"),
     "published int4, per row": (Scheme(4), "rtn"),
     "int4 g128, nearest": (Scheme(4, 128), "rtn"),
     "int4 g128, search": (Scheme(4, 128), "search"),
