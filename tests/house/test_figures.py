@@ -1,4 +1,4 @@
-"""What is claimed can be looked up: the page of figures and the files of results name each other."""
+"""What is claimed can be looked up: the page of figures and the results name each other."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,7 @@
 """`xverse serve` as a person starts it: what cannot be served is said at once."""
 
 import asyncio
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,18 @@ from tests.server.served import START_S
 from xverse.errors import XverseError
 from xverse.server.messages import Start
 from xverse.server.supervisor import Supervisor
+from xverse.verbs import serve
+from xverse.verbs._options import ModelOptions
+
+
+def test_every_option_of_a_model_reaches_the_engine() -> None:
+    given = {
+        "device": "cpu", "dtype": "float32", "quantize": 8, "speculate": 4, "kv_dtype": "fp8",
+        "tensor_parallel": 2, "host_embedding": True,
+    }  # fmt: skip
+    assert given.keys() == {field.name for field in dataclasses.fields(ModelOptions)}
+    start = serve.Config(model="m", **given).options().start  # type: ignore[arg-type]
+    assert {name: getattr(start, name) for name in given} == given
 
 
 def test_a_model_that_cannot_be_loaded_is_said_and_ends_it(folder: Path, tmp_path: Path) -> None:

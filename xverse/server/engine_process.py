@@ -86,6 +86,8 @@ def _load(start: Start) -> LLM:
         kv_dtype=start.kv_dtype,
         deterministic=start.deterministic,
         tensor_parallel=start.tensor_parallel,
+        speculate=start.speculate,
+        host_embedding=start.host_embedding,
         max_adapters=start.max_adapters,
         adapter_bytes=start.adapter_bytes,
     )

@@ -24,6 +24,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     kv_dtype: Literal["auto", "fp8"] = "auto"
     deterministic: bool = False
     tensor_parallel: int = 1
+    speculate: int = 0
+    host_embedding: bool = False
     adapters: dict[str, str] = {}  # name -> folder
     max_adapters: int = 0
     adapter_bytes: int = 2**30

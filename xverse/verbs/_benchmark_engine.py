@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -31,12 +31,8 @@ class SubjectOptions(ModelOptions):
     """A published shape instead of a model, such as xverse-7b; with --random-weights."""
     random_weights: bool = False
     """Fresh weights, made on the device; of MODEL, a folder, only config.json is then read."""
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    """What keys and values are stored in; auto is the dtype of the weights."""
     kv_tokens: int | None = None
     """Room for this many tokens of keys and values; by default the machine decides."""
-    tensor_parallel: int = 1
-    """Over how many GPUs the model is split."""
 
 
 def find_shape(config: "SubjectOptions") -> tuple[str, Path | None, "ModelShape"]:
@@ -107,6 +103,7 @@ def check(engine: "Engine | SpreadEngine", config: "SubjectOptions") -> "Agreeme
 def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
     from xverse.checkpoint.load import load
     from xverse.device import pick_dtype
+    from xverse.engine.host_table import keep_on_host
     from xverse.model.fresh import random_decoder
     from xverse.model.fuse import fuse
     from xverse.quant.prepare import prepare
@@ -120,6 +117,8 @@ def _decoder(config: "SubjectOptions", subject: "Subject") -> "Decoder":
         decoder = load(subject.path, dtype=config.dtype, device=config.device).decoder
     if config.quantize is not None:
         quantize(decoder, config.quantize)
+    if config.host_embedding:
+        keep_on_host(decoder)
     return prepare(fuse(decoder))
 
 
@@ -134,6 +133,7 @@ def _engine_options(config: "SubjectOptions", subject: "Subject") -> dict[str, A
         # As `LLM` has it: shared prefixes would change last bits on a CPU.
         "share_prefixes": subject.device.type == "cuda",
         "kv_dtype": config.kv_dtype,
+        "speculate": config.speculate,
     }
     if subject.most_running > usual.max_running:
         options["max_running"] = subject.most_running
@@ -157,5 +157,7 @@ def _open_parallel(config: "SubjectOptions") -> "Engine | SpreadEngine":
         "kv_tokens": config.kv_tokens,
         "kv_dtype": config.kv_dtype,
         "tensor_parallel": config.tensor_parallel,
+        "speculate": config.speculate,
+        "host_embedding": config.host_embedding,
     }
     return LLM(*([config.model] if config.model else []), **options).engine

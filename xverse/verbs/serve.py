@@ -110,6 +110,8 @@ class Config(ModelOptions):
                 kv_tokens=self.kv_tokens,
                 kv_dtype=self.kv_dtype,
                 tensor_parallel=self.tensor_parallel,
+                speculate=self.speculate,
+                host_embedding=self.host_embedding,
                 adapters=given,
                 max_adapters=least if self.max_adapters is None else self.max_adapters,
                 adapter_bytes=self.adapter_mb * 2**20,
