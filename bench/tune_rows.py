@@ -20,21 +20,20 @@ from torch.nn import functional
 from bench.record import record
 from bench.tune_decode import PRODUCTS, Product
 from xverse.kernels import between_triton, reference
-from xverse.kernels.multiply_rows_triton import Scratch, add_rows, multiply_rows, some_rows
+from xverse.kernels.multiply_rows_triton import Scratch, multiply_rows, some_rows
 from xverse.kernels.reference import Norm
 from xverse.kernels.tiles import RowsTile, block_of_rows, choose_rows_tile
 
 BYTES = 2**30  # of weights a graph reads: 20 times the second-level cache
 SHARED = 227 * 1024  # bytes of a multiprocessor that a program may have
 ROWS = (8, 16, 32)
-PARTS = 64  # of the squares that come with x
 CUBLAS_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 STEP_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CONTEXT, PAGE = 200, 16
 
 # x in the pipeline, norm ahead
-LATE = [(64, 128, 4, 4), (64, 128, 3, 4), (64, 128, 5, 4), (64, 128, 6, 4), (64, 64, 8, 4)]
-LATE += [(64, 256, 3, 4), (128, 64, 4, 4), (64, 64, 6, 4)]
+CUTS = [(64, 128, 4, 4), (64, 128, 3, 4), (64, 128, 5, 4), (64, 128, 6, 4), (64, 64, 8, 4)]
+CUTS += [(64, 256, 3, 4), (128, 64, 4, 4), (64, 64, 6, 4)]
 SPLITS = {
     "qkv": (1, 2, 3),
     "o": (1, 2, 3, 4),
@@ -50,62 +49,47 @@ def candidates(name: str, rows: int) -> Iterator[RowsTile]:
     sides = 2 if product.gated else 1
     chosen = choose_rows_tile(rows, product.outputs // sides, product.inputs, gated=product.gated)
     yield chosen
-    kinds = []
-    for cuts, tma, early in ((LATE, False, False),):
-        fewer = [(n, d, max(2, s // sides), w) for n, d, s, w in cuts]
-        kinds.append((list(dict.fromkeys(fewer)), tma, early))
-    for cuts, tma, early in kinds:
-        for outputs, inputs, stages, warps in cuts:
-            tried = SPLITS[name]
-            for splits in tried:
-                tile = RowsTile(outputs, inputs, stages, warps, splits, tma, early)
-                loads = outputs * sides + (0 if early else block_of_rows(rows))
-                shared = (stages * loads + block_of_rows(rows)) * inputs * 2
-                if tile != chosen and shared <= SHARED:
-                    yield tile
+    cuts = dict.fromkeys((n, d, max(2, s // sides), w) for n, d, s, w in CUTS)
+    for outputs, inputs, stages, warps in cuts:
+        for splits in SPLITS[name]:
+            tile = RowsTile(outputs, inputs, stages, warps, splits)
+            loads = outputs * sides + block_of_rows(rows)
+            shared = (stages * loads + block_of_rows(rows)) * inputs * 2
+            if tile != chosen and shared <= SHARED:
+                yield tile
 
 
-def surroundings(product: Product, rows: int, *, ready: bool = True) -> dict[str, object]:
-    """What a step hands to `some_rows` beside x and the weight; `ready`: norms on the way."""
+def surroundings(product: Product, rows: int) -> dict[str, object]:
+    """What a step hands to `some_rows` beside x and the weight."""
     outputs = product.outputs // 2 if product.gated else product.outputs
     norm_D = 1 + torch.randn(product.inputs, device="cuda").bfloat16() / 8
     residual = torch.randn(rows, outputs, device="cuda").bfloat16()
-    squares = torch.full((rows, PARTS), product.inputs / PARTS, device="cuda")
     return {
-        "norm": Norm(norm_D, 1e-6, True) if product.norm and ready else None,
-        "squares_TP": squares if product.norm and ready else None,
+        "norm": Norm(norm_D, 1e-6, True) if product.norm else None,
         "residual_TN": residual if product.residual else None,
         "gated": product.gated,
-        "sum_squares": product.residual and ready,
     }
 
 
-def for_tile(tile: RowsTile, extra: dict[str, object]) -> dict[str, object]:
-    """A late tile gets no squares: the norm is then a kernel ahead, and its time counts."""
-    return extra if tile.early else extra | {"squares_TP": None}
-
-
-def compile_one(job: tuple[str, int, RowsTile, bool]) -> None:
+def compile_one(job: tuple[str, int, RowsTile]) -> None:
     """Fill Triton's cache on disk, by a small weight whose kernel is that of the large one."""
-    name, rows, tile, ready = job
+    name, rows, tile = job
     product = PRODUCTS[name]
     small = product._replace(outputs=512 + product.outputs % 16)
     weight = torch.zeros(small.outputs, small.inputs, dtype=torch.bfloat16, device="cuda")
     x = torch.zeros(rows, small.inputs, dtype=torch.bfloat16, device="cuda")
     try:
-        extra = for_tile(tile, surroundings(small, rows, ready=ready))
+        extra = surroundings(small, rows)
         some_rows(x, weight, tile=tile, pdl=True, **extra)  # type: ignore[arg-type]
     except Exception as error:  # a tile may ask for more than the chip has; measuring says so too
         print(name, rows, tuple(tile), repr(error)[:100], flush=True)
 
 
 def compile_all() -> None:
-    jobs: list[tuple[str, int, RowsTile, bool]] = []
+    jobs: list[tuple[str, int, RowsTile]] = []
     for name in PRODUCTS:
         for rows in (16, 32):  # 8 rows take the kernel of 16
-            tiles = list(candidates(name, rows))
-            jobs += [(name, rows, tile, True) for tile in tiles]
-            jobs.append((name, rows, tiles[0], False))
+            jobs += [(name, rows, tile) for tile in candidates(name, rows)]
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
         pool.map(compile_one, jobs, chunksize=4)
@@ -138,11 +122,9 @@ def distance(fast: Tensor, twin: Tensor) -> float:
 
 def exact_product(name: str, x: Tensor, weight: Tensor, extra: dict[str, object]) -> Tensor:
     """In fp64, of the normalized x as the step rounds it."""
-    norm, squares, residual = (extra[key] for key in ("norm", "squares_TP", "residual_TN"))
-    if isinstance(norm, Norm) and isinstance(squares, Tensor):
-        x = reference.rms_norm(
-            x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32, squares_TP=squares
-        )
+    norm, residual = extra["norm"], extra["residual_TN"]
+    if isinstance(norm, Norm):
+        x = reference.rms_norm(x, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
     wide = residual.double() if isinstance(residual, Tensor) else None
     return reference.multiply_rows(
         x.double(), weight.double(), residual_TN=wide, gated=PRODUCTS[name].gated
@@ -158,12 +140,9 @@ def check() -> None:
             extra = surroundings(product, rows)
             exact = exact_product(name, x, weight, extra)
             for pdl in (False, True):
-                fast, squares = some_rows(x, weight, pdl=pdl, **extra)  # type: ignore[arg-type]
+                fast = some_rows(x, weight, pdl=pdl, **extra)  # type: ignore[arg-type]
                 worst = max(worst, distance(fast, exact))
                 assert distance(fast, exact) < 5e-3, (name, rows, pdl, distance(fast, exact))
-                if squares is not None:
-                    sums = fast.double().square().sum(-1)
-                    assert distance(squares.double().sum(-1), sums) < 1e-5, (name, rows)
         print(f"{name}: within {worst:.1e} of fp64", flush=True)
     for rows in (2, 16, 32):
         check_chain(rows)
@@ -180,12 +159,11 @@ def check_chain(rows: int) -> None:
     scratch = Scratch()
 
     def chain(pdl: bool) -> Tensor:
-        first, squares = add_rows(x, weights["o"], stream, scratch=scratch, pdl=pdl)
-        inner = multiply_rows(
-            first, weights["up"], norm=norm, squares_TP=squares, gated=True, pdl=pdl
-        )
-        second, squares = add_rows(inner, weights["down"], first, scratch=scratch, pdl=pdl)
-        return multiply_rows(second, weights["qkv"], norm=norm, squares_TP=squares, pdl=pdl)
+        multiply = partial(multiply_rows, scratch=scratch, pdl=pdl)
+        first = multiply(x, weights["o"], residual_TN=stream)
+        inner = multiply(first, weights["up"], norm=norm, gated=True)
+        second = multiply(inner, weights["down"], residual_TN=first)
+        return multiply(second, weights["qkv"], norm=norm)
 
     chain(True)
     graph = torch.cuda.CUDAGraph()
@@ -223,10 +201,9 @@ def weights_of(name: str) -> list[Tensor]:
 def speed_of(name: str, rows: int, tile: RowsTile, weights: list[Tensor]) -> float:
     """Microseconds of one product, after a look at its result."""
     x = torch.randn(rows, PRODUCTS[name].inputs, device="cuda").bfloat16()
-    extra, scratch = for_tile(tile, surroundings(PRODUCTS[name], rows)), Scratch()
-    fast, _ = some_rows(x, weights[0], tile=tile, pdl=True, scratch=scratch, **extra)  # type: ignore[arg-type]
-    twin = {key: value for key, value in extra.items() if key != "sum_squares"}
-    apart = distance(fast, reference.multiply_rows(x, weights[0], **twin))  # type: ignore[arg-type]
+    extra, scratch = surroundings(PRODUCTS[name], rows), Scratch()
+    fast = some_rows(x, weights[0], tile=tile, pdl=True, scratch=scratch, **extra)  # type: ignore[arg-type]
+    apart = distance(fast, reference.multiply_rows(x, weights[0], **extra))  # type: ignore[arg-type]
     assert apart < 1e-2, f"wrong by {apart:.2e}"
 
     def work() -> None:
@@ -306,7 +283,6 @@ def _all(works: list[Callable[[], object]]) -> None:
 def steps() -> dict[str, object]:
     """Milliseconds of whole steps of XVERSE-7B; more than 256 rows share pages of KV."""
     from bench.decode_gpu import random_model
-    from xverse.engine.residual import FewRows
     from xverse.engine.step import DecodeStep
     from xverse.model.catalog import CATALOG
 
@@ -325,17 +301,13 @@ def steps() -> dict[str, object]:
         step.ids.copy_(torch.arange(rows, device="cuda") * 31 % shape.vocab_size)
         step.positions.fill_(CONTEXT)
         try:
-            ms = [seconds(step, 1) * 1e3]
-            if isinstance(step.products, FewRows):
-                step.products.add_rows = partial(step.products.add_rows, squares=False)
-                ms.append(seconds(step, 1) * 1e3)
+            ms = seconds(step, 1) * 1e3
         except Exception as error:
             print(f"step of {rows} rows: {repr(error)[:200]}", flush=True)
             continue
-        apart = f" (norm a kernel of its own: {ms[1]:.3f} ms)" if len(ms) > 1 else ""
-        figures[str(rows)] = [round(value, 4) for value in ms]
-        speed = rows / ms[0] * 1e3
-        print(f"step of {rows:5} rows {ms[0]:8.3f} ms {speed:8.0f} tokens/s{apart}", flush=True)
+        figures[str(rows)] = round(ms, 4)
+        speed = rows / ms * 1e3
+        print(f"step of {rows:5} rows {ms:8.3f} ms {speed:8.0f} tokens/s", flush=True)
     return figures
 
 

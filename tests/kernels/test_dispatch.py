@@ -30,7 +30,6 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
     calls = [choice.call for choice in dispatch.table(CPU, torch.bfloat16)]
     assert calls == [
         reference.multiply_rows,
-        reference.add_rows,
         reference.embed_rows,
         *2 * [reference_few_bits.multiply_rows],
         reference_few_bits.embed_rows,

@@ -22,8 +22,7 @@ TILES = [
     RowsTile(16, 32, stages=2),  # 72 inputs and 26 outputs end in the middle of a tile
     RowsTile(16, 32, stages=3, splits=2),
     RowsTile(32, 16, stages=2, splits=4),  # 5 chunks: the last of 3 splits that are left is short
-    RowsTile(16, 32, stages=2, splits=3, tma=True),
-    RowsTile(32, 32, stages=2, splits=2, early=False),
+    RowsTile(32, 32, stages=2, splits=2),
 ]
 
 
@@ -37,66 +36,37 @@ def close(fast: Tensor, twin: Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "tile", "gated", "ready"),
+    ("tokens", "tile", "gated"),
     [
-        (2, 0, True, True),
-        (7, 1, False, True),
-        (7, 3, True, False),
-        (16, 2, True, True),
-        (17, 3, True, True),
-        (29, 0, False, False),
-        (31, 1, True, True),
-        (32, 2, False, True),
-        (5, 4, True, True),
+        (2, 0, True),
+        (7, 1, False),
+        (7, 3, True),
+        (16, 2, True),
+        (17, 3, True),
+        (29, 0, False),
+        (31, 1, True),
+        (32, 2, False),
     ],
 )
-def test_products_with_all_that_surrounds_them(
-    tokens: int, tile: int, gated: bool, ready: bool
-) -> None:
-    """Normalized on the way where squares are `ready`, by a kernel ahead elsewhere."""
+def test_products_with_all_that_surrounds_them(tokens: int, tile: int, gated: bool) -> None:
     dtype = DTYPES[tile % 2]
     x, weight = seeded(tokens, 72, dtype=dtype), seeded(26, 72, dtype=dtype) / 8
     args = {
         "norm": Norm(1 + seeded(72, dtype=dtype) / 4, 1e-5, weight_in_fp32=tokens % 2 == 0),
-        "squares_TP": x.float().square().unflatten(1, (3, 24)).sum(-1) if ready else None,
         "bias_N": seeded(26, dtype=dtype),
         "residual_TN": seeded(tokens, 13 if gated else 26, dtype=dtype),
         "gated": gated,
     }
-    fast, none = some_rows(x, weight, **args, tile=TILES[tile])
-    assert none is None
+    fast = some_rows(x, weight, **args, tile=TILES[tile])
     assert close(fast, reference.multiply_rows(x, weight, **args))
-
-
-def test_the_squares_given_are_those_that_normalize() -> None:
-    x, weight = seeded(3, 64), seeded(20, 64)
-    norm = Norm(torch.ones(64), 1e-9, weight_in_fp32=True)
-    args = {"norm": norm, "squares_TP": torch.full((3, 2), 64 * 2.0)}  # a mean of 4
-    for multiply in (multiply_rows_triton.multiply_rows, reference.multiply_rows):
-        assert torch.allclose(multiply(x, weight, **args), x @ weight.T / 2, atol=1e-4)
-
-
-@pytest.mark.parametrize(("tokens", "tile"), [(2, TILES[1]), (24, TILES[0]), (3, TILES[3])])
-def test_who_adds_to_the_stream_leaves_its_squares(tokens: int, tile: RowsTile) -> None:
-    dtype = torch.float16
-    x, weight = seeded(tokens, 72, dtype=dtype), seeded(26, 72, dtype=dtype) / 8
-    residual = seeded(tokens, 26, dtype=dtype)
-    fast, squares = some_rows(x, weight, residual_TN=residual, sum_squares=True, tile=tile)
-    twin, twin_squares = reference.add_rows(x, weight, residual)
-    assert close(fast, twin)
-    assert squares is not None
-    assert squares.shape == (tokens, -(-26 // tile.outputs))
-    exact = fast.float().square().sum(-1, keepdim=True)  # of what is stored, rounded as it is
-    assert torch.allclose(squares.sum(-1, keepdim=True), exact, rtol=1e-5)
-    assert torch.allclose(exact, twin_squares, rtol=1e-2)
 
 
 def test_splits_give_equal_bits_again_and_leave_no_trace() -> None:
     x, weight, scratch = seeded(5, 96), seeded(40, 96), Scratch()
     tile = RowsTile(32, 32, stages=2, splits=3)
-    first, _ = some_rows(x, weight, scratch=scratch, tile=tile)
-    wider, _ = some_rows(x, seeded(70, 96), scratch=scratch, tile=tile)  # memory grows
-    again, _ = some_rows(x, weight, scratch=scratch, tile=tile)
+    first = some_rows(x, weight, scratch=scratch, tile=tile)
+    wider = some_rows(x, seeded(70, 96), scratch=scratch, tile=tile)  # memory grows
+    again = some_rows(x, weight, scratch=scratch, tile=tile)
     assert torch.equal(first, again)
     assert close(wider, x @ seeded(70, 96).T)
     assert not scratch.arrived.any()
@@ -109,9 +79,10 @@ def test_one_token_takes_its_own_kernel() -> None:
         multiply_rows_triton.multiply_rows(x, weight, norm=norm),
         reference.multiply_rows(x, weight, norm=norm),
     )
-    y, squares = multiply_rows_triton.add_rows(x, weight, residual)
-    assert close(y, reference.add_rows(x, weight, residual)[0])
-    assert squares is None
+    assert close(
+        multiply_rows_triton.multiply_rows(x, weight, residual_TN=residual),
+        reference.multiply_rows(x, weight, residual_TN=residual),
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
@@ -135,13 +106,10 @@ def test_swiglu_of_joined_projections(dtype: torch.dtype, width: int) -> None:
     assert close(between_triton.swiglu_joined(joined), reference.swiglu_joined(joined))
 
 
-def test_embedding_and_its_squares() -> None:
+def test_embedding() -> None:
     table = seeded(11, 72, dtype=torch.float16)
     ids = torch.tensor([3, 10, 0, 3])
-    x, squares = between_triton.embed_rows(ids, table)
-    twin, twin_squares = reference.embed_rows(ids, table)
-    assert torch.equal(x, twin)
-    assert torch.allclose(squares, twin_squares, rtol=1e-5)
+    assert torch.equal(between_triton.embed_rows(ids, table), reference.embed_rows(ids, table))
 
 
 @pytest.mark.parametrize("tokens", [2, 16, 17, 32, 33, MOST_ROWS])

@@ -12,6 +12,7 @@ from tests.train.tiny import answer_loader, options, tiny_decoder, tiny_run, tin
 from xverse.parallel.axes import Axes
 from xverse.parallel.ranks import Ranks
 from xverse.quant.quantize import quantize
+from xverse.quant.recipe import NAMED, Recipe
 from xverse.train import build
 from xverse.train.lora import add_lora
 from xverse.train.options import Computing, Keeping, Training, Updating
@@ -81,7 +82,7 @@ def train(
     if name in ("lora", "qlora"):
         decoder = tiny_decoder(**changes).requires_grad_(False)
         if name == "qlora":
-            quantize(decoder, "int8")
+            quantize(decoder, Recipe(NAMED["int8"].scheme))  # head and embedding stay as they are
         decoder = build.prepared(add_lora(decoder, Lora(rank=3, dora=True)), training, ranks)
     if name in ("answers", "lora", "qlora"):
         loader = answer_loader(training, ranks)

@@ -27,13 +27,9 @@ Matrix = Tensor | QuantizedLinear  # [N, D]; as a layer it has its own bias
 
 
 class Residual(NamedTuple):
-    """The stream between two products: `x_TD`, plus `more_TD` if that is not yet added.
-
-    `squares_TP` are parts of the sums of squares of x, from whoever made it.
-    """
+    """The stream between two products: `x_TD`, plus `more_TD` if that is not yet added."""
 
     x_TD: Tensor
-    squares_TP: Tensor | None = None
     more_TD: Tensor | None = None
 
 
@@ -73,7 +69,6 @@ class FewRows:
     ) -> None:
         self.embed_rows = dispatch.embed_rows(device, dtype).call
         self.multiply = dispatch.multiply_rows(device, dtype, rows).call
-        self.add_rows = dispatch.add_rows(device, dtype, rows).call
         if schemes:
             fp8 = any(scheme.kind == "float" for scheme in schemes)
             self.embed_few_bits = dispatch_quantized.embed_few_bits(device, dtype, fp8=fp8).call
@@ -84,7 +79,7 @@ class FewRows:
     def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         if isinstance(table_VD, QuantizedLinear):
             return Residual(self.embed_few_bits(ids_T, few_bits(table_VD)))
-        return Residual(*self.embed_rows(ids_T, table_VD))
+        return Residual(self.embed_rows(ids_T, table_VD))
 
     def read(
         self,
@@ -98,8 +93,7 @@ class FewRows:
         around = {"norm": norm, "bias_N": bias_N, "gated": gated}
         if isinstance(weight_ND, QuantizedLinear):
             return self.multiply_few_bits(stream.x_TD, few_bits(weight_ND), **around), stream
-        y_TN = self.multiply(stream.x_TD, weight_ND, squares_TP=stream.squares_TP, **around)
-        return y_TN, stream
+        return self.multiply(stream.x_TD, weight_ND, **around), stream
 
     def add(
         self,
@@ -111,12 +105,11 @@ class FewRows:
     ) -> Residual:
         if isinstance(weight_ND, QuantizedLinear):
             multiply = partial(self.multiply_few_bits, x_TD, few_bits(weight_ND), bias_N=bias_N)
-            if reduce is not None:
-                return Residual(reduce(multiply(), stream.x_TD))
-            return Residual(multiply(residual_TN=stream.x_TD))
-        if reduce is not None:  # whose kernel adds the stream, and leaves no sums of squares
-            return Residual(reduce(self.multiply(x_TD, weight_ND, bias_N=bias_N), stream.x_TD))
-        return Residual(*self.add_rows(x_TD, weight_ND, stream.x_TD, bias_N=bias_N))
+        else:
+            multiply = partial(self.multiply, x_TD, weight_ND, bias_N=bias_N)
+        if reduce is not None:  # whose kernel adds the stream
+            return Residual(reduce(multiply(), stream.x_TD))
+        return Residual(multiply(residual_TN=stream.x_TD))
 
 
 class ManyRows:

@@ -92,31 +92,28 @@ def swiglu_joined(joined_TF2: Tensor, *, pdl: bool = False) -> Tensor:
 
 @triton.jit
 def _embed_rows(
-    ids_ptr, table_ptr, out_ptr, squares_ptr,
+    ids_ptr, table_ptr, out_ptr,
     INPUTS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token a program: its row of the table, and the sum of its squares."""
+    """One token a program: its row of the table."""
     column = tl.arange(0, BLOCK_D)
     token = tl.program_id(0)
     wait_for_input(PDL)
     row = tl.load(ids_ptr + token).to(tl.int64)
     x = tl.load(table_ptr + row * INPUTS + column, column < INPUTS, 0.0)
     tl.store(out_ptr + token * INPUTS + column, x, column < INPUTS)
-    wide = x.to(tl.float32)
-    tl.store(squares_ptr + token, tl.sum(wide * wide))
 
 
-def embed_rows(ids_T: Tensor, table_VD: Tensor, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows `ids` (int64) of the table, and their squares [T, 1] fp32. Twin: `reference.embed_rows`.
+def embed_rows(ids_T: Tensor, table_VD: Tensor, *, pdl: bool = False) -> Tensor:
+    """Rows `ids` (int64) of the table. Twin: `reference.embed_rows`.
 
     Ids are not checked: they are the decoder's own choices. The table may lie in the host's memory.
     """
     tokens, inputs = ids_T.shape[0], table_VD.shape[1]
     x_TD = table_VD.new_empty(tokens, inputs, device=ids_T.device)
-    squares_TP = torch.empty(tokens, 1, device=ids_T.device)
     block = triton.next_power_of_2(inputs)
     _embed_rows[(tokens,)](
-        ids_T, table_VD, x_TD, squares_TP,
+        ids_T, table_VD, x_TD,
         INPUTS=inputs, BLOCK_D=block, PDL=pdl, num_warps=4 if block <= 4096 else 8, launch_pdl=pdl,
     )  # fmt: skip
-    return x_TD, squares_TP
+    return x_TD

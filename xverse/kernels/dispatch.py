@@ -44,16 +44,7 @@ def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Ch
     if not why_no_triton(device, dtype) and rows > MOST_ROWS:
         why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
-    return _product(operation, "multiply_rows", "norm and SwiGLU", device, dtype)
-
-
-def add_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
-    """The function in the place of `reference.add_rows`, for steps of `rows` tokens."""
-    operation = "products onto the residual stream"
-    if not why_no_triton(device, dtype) and rows > MOST_ROWS:
-        why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
-        return Choice(operation, "cuBLAS, by the reference", why, reference.add_rows)
-    return _product(operation, "add_rows", "residual and its squares", device, dtype)
+    return _product(operation, "multiply_rows", "norm, SwiGLU and residual", device, dtype)
 
 
 def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -279,7 +270,6 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     choosing = (best_rows, sample_rows, mask_rows, penalize_rows, count_rows)
     return [
         multiply_rows(device, dtype),
-        add_rows(device, dtype),
         embed_rows(device, dtype),
         multiply_few_bits(device, dtype),
         multiply_few_bits(device, dtype, fp8=True),

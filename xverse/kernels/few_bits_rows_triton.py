@@ -228,8 +228,8 @@ def _some_rows(
         if GATED:
             sums_up *= tl.load(scale_ptr + row_up).to(tl.float32)[:, None]
     finish(
-        sums, sums_up, bias_ptr, residual_ptr, out_ptr, None, sums_ptr, arrived_ptr,
-        tokens, outputs, BIASED, GATED, RESIDUAL, False, ROWS, BLOCK_N, SPLITS,
+        sums, sums_up, bias_ptr, residual_ptr, out_ptr, sums_ptr, arrived_ptr,
+        tokens, outputs, BIASED, GATED, RESIDUAL, ROWS, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 

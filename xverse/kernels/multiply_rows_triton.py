@@ -2,8 +2,7 @@
 
 Weights are the tall side of the tensor cores' tiles and are read once. The inputs of narrow
 products are split among programs; the one that arrives last adds all sums, in order, so that equal
-inputs give equal bits. Who makes the residual stream leaves sums of squares behind, by which the
-next product normalizes its input on the way; without them the norm is a kernel of its own.
+inputs give equal bits. The norm ahead is a kernel of its own: here every program would repeat it.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xverse.kernels.between_triton import add_norm
-from xverse.kernels.multiply_triton import one_row, rounded, rounding, swiglu, wait_for_input
+from xverse.kernels.multiply_triton import one_row, rounded, swiglu, wait_for_input
 from xverse.kernels.reference import Norm
-from xverse.kernels.tiles import NORM_ON_LOAD, RowsTile, block_of_rows, choose_rows_tile
+from xverse.kernels.tiles import RowsTile, block_of_rows, choose_rows_tile
 
 
 @dataclass
@@ -41,70 +40,29 @@ class Scratch:
 
 @triton.jit
 def _weights(
-    weight, weight_ptr, first, outputs, start,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INPUTS: tl.constexpr,
-    WHOLE: tl.constexpr, TMA: tl.constexpr,
+    weight_ptr, first, outputs, start,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INPUTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_N, BLOCK_D] from row `first` and column `start`; zero past the last.
 
     Rows past the last are the last one again: what they give is never stored.
     """
-    if TMA:
-        return weight.load([first, start])
-    else:
-        row = tl.minimum(first + tl.arange(0, BLOCK_N), outputs - 1)
-        place = start + tl.arange(0, BLOCK_D)
-        at = weight_ptr + row[:, None] * INPUTS + place[None, :]
-        if WHOLE:
-            return tl.load(at, eviction_policy="evict_first")
-        else:
-            return tl.load(at, (place < INPUTS)[None, :], 0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _tokens(
-    x_ptr, norm_ptr, tokens, scale, start,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INPUTS: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """x [ROWS, BLOCK_D], normalized if so wished, rounded as `reference.rms_norm` rounds."""
-    token = tl.arange(0, ROWS)
+    row = tl.minimum(first + tl.arange(0, BLOCK_N), outputs - 1)
     place = start + tl.arange(0, BLOCK_D)
-    inside = (token < tokens)[:, None] & (place < INPUTS)[None, :]
-    x = tl.load(x_ptr + token[:, None] * INPUTS + place[None, :], inside, 0.0)
-    if NORM != 0:
-        dtype: tl.constexpr = x.dtype
-        # Loaded once a token, in the layout of x: moving it between threads would cost barriers.
-        weight = tl.load(norm_ptr + token[:, None] * 0 + place[None, :], inside, 0.0)
-        x = x.to(tl.float32) * scale[:, None]
-        if NORM == 2:
-            x = x.to(dtype).to(tl.float32)
-        x = (x * weight.to(tl.float32)).to(dtype)
-    return x
-
-
-@triton.jit
-def _scale(
-    squares_ptr, tokens, parts, eps,
-    INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The norm's factor of every token [ROWS], from the parts of its sum of squares."""
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    if NORM != 0:
-        token = tl.arange(0, ROWS)
-        part = tl.arange(0, BLOCK_P)
-        known = (token < tokens)[:, None] & (part < parts)[None, :]
-        squares = tl.load(squares_ptr + token[:, None] * parts + part[None, :], known, 0.0)
-        scale = tl.rsqrt(tl.sum(squares, 1) / INPUTS + eps)
-    return scale
+    at = weight_ptr + row[:, None] * INPUTS + place[None, :]
+    if WHOLE:
+        return tl.load(at, eviction_policy="evict_first")
+    else:
+        return tl.load(at, (place < INPUTS)[None, :], 0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _finish(
-    sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs, tile,
-    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
+    sums, sums_up, bias_ptr, residual_ptr, out_ptr, tokens, outputs, tile,
+    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product: bias, SwiGLU, residual, and the squares of what is stored."""
+    """What follows the product: bias, SwiGLU, residual."""
     dtype = out_ptr.dtype.element_ty
     token = tl.arange(0, ROWS)
     row = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
@@ -117,19 +75,13 @@ def _finish(
     inside = live & (token < tokens)[None, :]
     if RESIDUAL:
         y += tl.load(residual_ptr + place, inside, 0.0).to(tl.float32)
-    y = y.to(dtype)
-    tl.store(out_ptr + place, y, inside)
-    if SUM_SQUARES:
-        kept = tl.where(inside, y.to(tl.float32), 0.0)
-        at = squares_out_ptr + token * tl.num_programs(0) + tile
-        tl.store(at, tl.sum(kept * kept, 0), token < tokens)
+    tl.store(out_ptr + place, y.to(dtype), inside)
 
 
 @triton.jit
 def finish(
-    sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, sums_ptr, arrived_ptr,
-    tokens, outputs,
-    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
+    sums, sums_up, bias_ptr, residual_ptr, out_ptr, sums_ptr, arrived_ptr, tokens, outputs,
+    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """What follows the sums of program (tile of outputs, split): the last of the splits to arrive
@@ -137,8 +89,8 @@ def finish(
     tile, split = tl.program_id(0), tl.program_id(1)
     if SPLITS == 1:
         _finish(
-            sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs, tile,
-            BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
+            sums, sums_up, bias_ptr, residual_ptr, out_ptr, tokens, outputs, tile,
+            BIASED, GATED, RESIDUAL, ROWS, BLOCK_N,
         )  # fmt: skip
     else:
         size: tl.constexpr = BLOCK_N * ROWS
@@ -158,62 +110,47 @@ def finish(
                 if GATED:
                     sums_up += tl.load(at + size, cache_modifier=".cg")
             _finish(
-                sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, tokens, outputs,
-                tile, BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N,
+                sums, sums_up, bias_ptr, residual_ptr, out_ptr, tokens, outputs, tile,
+                BIASED, GATED, RESIDUAL, ROWS, BLOCK_N,
             )  # fmt: skip
             tl.store(arrived_ptr + tile, 0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _some_rows(
-    x_ptr, norm_ptr, squares_ptr, weight, weight_ptr, bias_ptr, residual_ptr, out_ptr,
-    squares_out_ptr, sums_ptr, arrived_ptr, tokens, outputs, parts, eps,
-    INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM_SQUARES: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, arrived_ptr, tokens, outputs,
+    INPUTS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EACH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    EACH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] of up to ROWS tokens, transposed: program (tile of outputs, split of inputs).
 
-    A split takes EACH inputs, a multiple of BLOCK_D. The norm's scale is that of the sum of
-    `parts` squares a token.
+    A split takes EACH inputs, a multiple of BLOCK_D.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile * BLOCK_N
     whole: tl.constexpr = SPLITS * EACH == INPUTS
+    token = tl.arange(0, ROWS)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     sums_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    scale = tl.zeros([ROWS], tl.float32)
-    if not EARLY:
-        wait_for_input(PDL)
-        scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
+    wait_for_input(PDL)
     for chunk in tl.range(0, EACH // BLOCK_D, num_stages=STAGES):
         start = split * EACH + chunk * BLOCK_D
-        now = _weights(
-            weight, weight_ptr, first, outputs, start, BLOCK_N, BLOCK_D, INPUTS, whole, TMA
-        )
+        now = _weights(weight_ptr, first, outputs, start, BLOCK_N, BLOCK_D, INPUTS, whole)
         if GATED:
             now_up = _weights(
-                weight, weight_ptr, first + outputs, 2 * outputs, start,
-                BLOCK_N, BLOCK_D, INPUTS, whole, TMA,
-            )  # fmt: skip
-        # The compiler asks for the first STAGES - 1 tiles of weights ahead of the loop, but never
-        # for what stands in a branch: so memory is at work before the kernel ahead has ended, and
-        # x is read after that. Both branches load, or x would reach the tensor cores scattered.
-        if EARLY and chunk == 0:
-            wait_for_input(PDL)
-            scale = _scale(squares_ptr, tokens, parts, eps, INPUTS, NORM, BLOCK_P, ROWS)
-            x = _tokens(x_ptr, norm_ptr, tokens, scale, start, ROWS, BLOCK_D, INPUTS, NORM)
-        else:
-            x = _tokens(x_ptr, norm_ptr, tokens, scale, start, ROWS, BLOCK_D, INPUTS, NORM)
+                weight_ptr, first + outputs, 2 * outputs, start, BLOCK_N, BLOCK_D, INPUTS, whole
+            )
+        place = start + tl.arange(0, BLOCK_D)
+        inside = (token < tokens)[:, None] & (place < INPUTS)[None, :]
+        x = tl.load(x_ptr + token[:, None] * INPUTS + place[None, :], inside, 0.0)
         sums = tl.dot(now, tl.trans(x), sums, input_precision="ieee")
         if GATED:
             sums_up = tl.dot(now_up, tl.trans(x), sums_up, input_precision="ieee")
 
     finish(
-        sums, sums_up, bias_ptr, residual_ptr, out_ptr, squares_out_ptr, sums_ptr, arrived_ptr,
-        tokens, outputs, BIASED, GATED, RESIDUAL, SUM_SQUARES, ROWS, BLOCK_N, SPLITS,
+        sums, sums_up, bias_ptr, residual_ptr, out_ptr, sums_ptr, arrived_ptr,
+        tokens, outputs, BIASED, GATED, RESIDUAL, ROWS, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 
@@ -222,58 +159,39 @@ def some_rows(
     weight_ND: Tensor,
     *,
     norm: Norm | None = None,
-    squares_TP: Tensor | None = None,
     bias_N: Tensor | None = None,
     residual_TN: Tensor | None = None,
     gated: bool = False,
-    sum_squares: bool = False,
     scratch: Scratch | None = None,
     pdl: bool = False,
     tile: RowsTile | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """x @ weight.T of 1 to 64 tokens -> y [T, N], and if `sum_squares` its squares [T, P] fp32.
+) -> Tensor:
+    """x @ weight.T of 1 to 64 tokens with its surroundings. -> y [T, N].
 
-    Twins: `reference.multiply_rows`, `reference.add_rows`. Tensors contiguous, of one dtype, on one
-    device. `squares_TP`: parts of each token's sum of squares; without them a kernel ahead
-    normalizes. `pdl` as in `multiply_triton.one_row`.
+    Twin: `reference.multiply_rows`. Tensors contiguous, of one dtype, on one device. `pdl` as in
+    `multiply_triton.one_row`.
     """
     tokens, inputs = x_TD.shape
     outputs = weight_ND.shape[0] // 2 if gated else weight_ND.shape[0]
     assert weight_ND.numel() < 2**31, "offsets are 32 bits wide"
-    if norm is not None and squares_TP is None:
+    if norm is not None:
         _, x_TD = add_norm(x_TD, None, norm, pdl=pdl)
-        norm = None
     tile = tile or choose_rows_tile(tokens, outputs, inputs, gated=gated)
     rows, tiles = block_of_rows(tokens), triton.cdiv(outputs, tile.outputs)
     each = triton.cdiv(triton.cdiv(inputs, tile.inputs), tile.splits) * tile.inputs
     splits = triton.cdiv(inputs, each)
     y_TN = x_TD.new_empty(tokens, outputs)
-    squares_out_TP = torch.empty(tokens, tiles, device=x_TD.device) if sum_squares else None
     sums, arrived = x_TD, x_TD  # touched by splits alone
     if splits > 1:
         size = tiles * splits * tile.outputs * rows * (2 if gated else 1)
         sums, arrived = (scratch or Scratch()).room(size, tiles, x_TD.device)
-    weight_D, eps = (x_TD, 0.0) if norm is None else (norm.weight_D, norm.eps)
-    parts = 0 if norm is None or squares_TP is None else squares_TP.shape[1]
     _some_rows[(tiles, splits)](
-        x_TD, weight_D, squares_TP, _described(weight_ND, tile), weight_ND, bias_N, residual_TN,
-        y_TN, squares_out_TP, sums, arrived, tokens, outputs, parts, eps,
-        INPUTS=inputs, NORM=rounding(norm), BLOCK_P=max(64, triton.next_power_of_2(parts)),
-        BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
-        SUM_SQUARES=sum_squares, ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs,
-        EACH=each, SPLITS=splits, STAGES=tile.stages, TMA=tile.tma, EARLY=tile.early, PDL=pdl,
-        num_warps=tile.warps, launch_pdl=pdl,
+        x_TD, weight_ND, bias_N, residual_TN, y_TN, sums, arrived, tokens, outputs,
+        INPUTS=inputs, BIASED=bias_N is not None, GATED=gated, RESIDUAL=residual_TN is not None,
+        ROWS=rows, BLOCK_N=tile.outputs, BLOCK_D=tile.inputs, EACH=each, SPLITS=splits,
+        STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
-    return y_TN, squares_out_TP
-
-
-def _described(weight_ND: Tensor, tile: RowsTile) -> object:
-    """The weight as the copy engine is told of it, or None."""
-    if not tile.tma:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(weight_ND, [tile.outputs, tile.inputs])
+    return y_TN
 
 
 def multiply_rows(
@@ -281,48 +199,18 @@ def multiply_rows(
     weight_ND: Tensor,
     *,
     norm: Norm | None = None,
-    squares_TP: Tensor | None = None,
     bias_N: Tensor | None = None,
     residual_TN: Tensor | None = None,
     gated: bool = False,
     scratch: Scratch | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """x @ weight.T of 1 to 64 tokens with its surroundings. Twin: `reference.multiply_rows`.
-
-    For one token, `squares_TP` is not needed: each program sums them itself, at no cost.
-    """
+    """x @ weight.T of 1 to 64 tokens with its surroundings. Twin: `reference.multiply_rows`."""
     if x_TD.shape[0] == 1:
         return one_row(
             x_TD, weight_ND, norm=norm, bias_N=bias_N, residual_TN=residual_TN, gated=gated, pdl=pdl
         )
-    y_TN, _ = some_rows(
-        x_TD, weight_ND, norm=norm, squares_TP=squares_TP, bias_N=bias_N,
-        residual_TN=residual_TN, gated=gated, scratch=scratch, pdl=pdl,
-    )  # fmt: skip
-    return y_TN
-
-
-def add_rows(
-    x_TD: Tensor,
-    weight_ND: Tensor,
-    residual_TN: Tensor,
-    *,
-    bias_N: Tensor | None = None,
-    squares: bool | None = None,
-    scratch: Scratch | None = None,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The residual stream with x @ weight.T added, and its squares. Twin: `reference.add_rows`.
-
-    Squares [T, P] fp32 unless `squares` is False; by default up to NORM_ON_LOAD tokens. None for
-    one token, whose kernel sums them itself.
-    """
-    if squares is None:
-        squares = x_TD.shape[0] <= NORM_ON_LOAD
-    if x_TD.shape[0] == 1:
-        return one_row(x_TD, weight_ND, bias_N=bias_N, residual_TN=residual_TN, pdl=pdl), None
     return some_rows(
-        x_TD, weight_ND, bias_N=bias_N, residual_TN=residual_TN,
-        sum_squares=squares, scratch=scratch, pdl=pdl,
+        x_TD, weight_ND, norm=norm, bias_N=bias_N, residual_TN=residual_TN, gated=gated,
+        scratch=scratch, pdl=pdl,
     )  # fmt: skip

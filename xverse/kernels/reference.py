@@ -32,20 +32,14 @@ def rms_norm(
     eps: float,
     *,
     weight_in_fp32: bool,
-    squares_TP: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019, eq. 4), variance in fp32, result in x's dtype.
 
     `weight_in_fp32`: the dense XVERSE models multiply by the weight before rounding to x's dtype,
-    Llama and the mixture-of-experts XVERSE after it. `squares_TP`: parts of each token's sum of
-    squares, where whoever made x has summed them already.
+    Llama and the mixture-of-experts XVERSE after it.
     """
     x = x_TD.float()
-    if squares_TP is None:
-        mean = x.square().mean(-1, keepdim=True)
-    else:
-        mean = squares_TP.sum(-1, keepdim=True) / x.shape[-1]
-    normed = x * torch.rsqrt(mean + eps)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     if weight_in_fp32:
         return (weight_D.float() * normed).to(x_TD.dtype)
     return weight_D * normed.to(x_TD.dtype)
@@ -74,10 +68,9 @@ def add_norm(x_TD: Tensor, residual_TD: Tensor | None, norm: Norm) -> tuple[Tens
     return sum_TD, rms_norm(sum_TD, norm.weight_D, norm.eps, weight_in_fp32=norm.weight_in_fp32)
 
 
-def embed_rows(ids_T: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `ids` of the table, and the sums of their squares, [T, 1] in fp32."""
-    x_TD = functional.embedding(ids_T, table_VD)
-    return x_TD, x_TD.float().square().sum(-1, keepdim=True)
+def embed_rows(ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows `ids` of the table, [T, D]."""
+    return functional.embedding(ids_T, table_VD)
 
 
 def attend(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
@@ -182,7 +175,6 @@ def multiply_rows(
     weight_ND: Tensor,
     *,
     norm: Norm | None = None,
-    squares_TP: Tensor | None = None,
     bias_N: Tensor | None = None,
     residual_TN: Tensor | None = None,
     gated: bool = False,
@@ -195,19 +187,11 @@ def multiply_rows(
     """
     if norm is not None:
         weight_D, eps, in_fp32 = norm
-        x_TD = rms_norm(x_TD, weight_D, eps, weight_in_fp32=in_fp32, squares_TP=squares_TP)
+        x_TD = rms_norm(x_TD, weight_D, eps, weight_in_fp32=in_fp32)
     y_TN = functional.linear(x_TD, weight_ND, bias_N)
     if gated:
         y_TN = swiglu_joined(y_TN)
     return y_TN if residual_TN is None else residual_TN + y_TN
-
-
-def add_rows(
-    x_TD: Tensor, weight_ND: Tensor, residual_TN: Tensor, *, bias_N: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The residual stream with x @ weight.T added, and the sums of its squares, [T, 1] in fp32."""
-    y_TN = multiply_rows(x_TD, weight_ND, bias_N=bias_N, residual_TN=residual_TN)
-    return y_TN, y_TN.float().square().sum(-1, keepdim=True)
 
 
 def rotate_store(

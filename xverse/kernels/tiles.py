@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 MOST_ROWS = 32  # tokens up to which our kernels stream weights; beyond, cuBLAS multiplies
 FEW_BITS_ROWS = 64  # likewise where weights are quantized: cuBLAS would need them dequantized
-NORM_ON_LOAD = 0  # tokens up to which a product normalizes its input itself, by ready squares
 
 
 class Tile(NamedTuple):
@@ -21,9 +20,7 @@ class RowsTile(NamedTuple):
     """The cut of a product of 2 to 64 tokens.
 
     `stages`: tiles of weights in shared memory, all but one of them on their way. `splits`:
-    programs that share the inputs of a tile and join their sums. `tma`: the copy engine fetches.
-    `early`: weights are asked for before the kernel ahead has ended; otherwise after it, and x
-    comes through shared memory side by side with them.
+    programs that share the inputs of a tile and join their sums.
     """
 
     outputs: int
@@ -31,8 +28,6 @@ class RowsTile(NamedTuple):
     stages: int
     warps: int = 4
     splits: int = 1
-    tma: bool = False
-    early: bool = True
 
 
 class WordsTile(NamedTuple):
@@ -97,7 +92,6 @@ def choose_rows_tile(tokens: int, outputs: int, inputs: int, *, gated: bool) -> 
         inputs=128 if inputs >= 128 else 64,
         stages=3 if gated else 5 if splits > 1 else 4,
         splits=splits,
-        early=False,
     )
 
 
