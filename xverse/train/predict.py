@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from xverse.kernels.score import chunk_rows
+from xverse.kernels.score import WIDE, chunk_rows
 from xverse.model.shape import ModelShape
 from xverse.train import flops
 from xverse.train.options import Computing, Training
@@ -100,12 +100,14 @@ def activations(shape: ModelShape, compute: Computing, tensor: int = 1) -> int:
 
 
 def _loss(shape: ModelShape, tokens: int, size: int, tensor: int, *, learns: bool) -> int:
-    """Logits of a chunk, and the head's gradient in fp32 with what is added to it."""
+    """Logits of a chunk, the head's gradient in fp32 with what is added to it, and on a GPU the
+    head with rows up to a round number."""
     vocabulary = -(-shape.vocab_size // tensor)
     in_place = size == SIZES["bfloat16"]  # on a GPU; a CPU has the gradient beside the logits
     logits = min(tokens, chunk_rows(tokens, vocabulary, in_place=in_place)) * vocabulary
     head = (4 + size) * vocabulary * shape.hidden_size if learns else 0
-    return (size if in_place else 2 * size + 4) * logits + head
+    wide = size * vocabulary * shape.hidden_size if in_place and vocabulary % WIDE else 0
+    return (size if in_place else 2 * size + 4) * logits + head + wide
 
 
 def _block(shape: ModelShape, compute: Computing, tokens: int, size: int, tensor: int) -> int:
