@@ -1,6 +1,8 @@
 """Predictions: by the formulas, against what is counted."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,21 @@ def test_gradients_of_one_pass_come_as_activations_go() -> None:
     alone = predict.memory(shape, short, dtype="bfloat16", ranks=1)
     least = 6 * shape.num_parameters + alone.activations + alone.working
     assert alone.total == max(8 * shape.num_parameters, least)
+
+
+def test_the_peak_is_the_one_that_an_h200_had() -> None:
+    """7B, 4 rows of 4,096, all states in bf16: within 5 %, as the house has promised."""
+    results = Path(__file__).parents[2] / "bench" / "results" / "train_h200_mfu4096.json"
+    measured = json.loads(results.read_text("utf-8"))["figures"]["peak_GB"] * 1e9
+    training = options(
+        row_tokens=4096,
+        rows_per_step=4,
+        rows_per_pass=4,
+        update=Updating(master="none", moments="bfloat16"),
+        compute=Computing(dtype="bfloat16"),
+    )
+    told = predict.memory(CATALOG["xverse-7b"], training, dtype="bfloat16", ranks=1)
+    assert told.total == pytest.approx(measured, rel=0.05)
 
 
 def test_recompute_is_reckoned_with() -> None:
