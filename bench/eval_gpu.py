@@ -18,13 +18,12 @@ the workshop can be reached, the data comes as one archive of 7 MB:
     python -m bench.eval_gpu --data eval_data.tar.xz --sections check,mmlu-bf16,mmlu-notree
 
 `--small` is a few questions for a tiny model on a CPU, through the same lines. Figures are saved
-after each section, to bench/results/ and, if that is set, to $OUT.
+after each section, to bench/results/.
 """
 
 import argparse
 import gc
 import json
-import os
 import tarfile
 import tempfile
 import time
@@ -113,12 +112,9 @@ class Bench:
         return 5 if self.args.small else None
 
     def save(self) -> None:
-        """The figures so far, wherever they are wanted."""
-        if self.args.small:
-            return
-        file = record(self.args.record, self.figures, ("triton", "tokenizers"))
-        if out := os.environ.get("OUT"):
-            (Path(out) / file.name).write_bytes(file.read_bytes())
+        """The figures so far, unless they are of a tiny model."""
+        if not self.args.small:
+            record(self.args.record, self.figures, ("triton", "tokenizers"))
 
     def llm(self, weights: str, kv_dtype: str) -> LLM:
         """A new model; tiny on a CPU."""

@@ -7,11 +7,10 @@
 
 `python -m bench.quant_decode_gpu check,speed` runs some of it; some seconds each on an H200: 40,
 90, 40, 40. `TRITON_INTERPRET=1 ... --small` goes the same way on a CPU. Figures are kept after
-every part, under $OUT where that is set.
+every part, in bench/results.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -19,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -511,12 +509,6 @@ def mend_interpreter() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def keep(figures: dict[str, object]) -> None:
-    """Figures so far, where they come back from even if the rest fails."""
-    if out := os.environ.get("OUT"):
-        Path(out, "quant_decode.json").write_text(json.dumps(figures, indent=1), "utf-8")
-
-
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
@@ -526,6 +518,7 @@ def main() -> None:
     asked = [word for word in sys.argv[1:] if not word.startswith("--")]
     parts = asked[0].split(",") if asked else list(PARTS)
     assert set(parts) <= set(PARTS), f"there are {PARTS}"
+    some = "" if set(parts) == set(PARTS) else "_" + "_".join(parts)
     figures: dict[str, object] = {"model": "xverse-7b shape, random quantized weights, bf16"}
     for part in parts:
         start = time.perf_counter()
@@ -538,10 +531,8 @@ def main() -> None:
             traceback.print_exc()
             figures[part] = traceback.format_exc().splitlines()[-1]
         print(f"--- {part}: {time.perf_counter() - start:.0f} s", flush=True)
-        keep(figures)
-    if not SMALL:
-        whole = "" if set(parts) == set(PARTS) else "_" + "_".join(parts)
-        print(record(f"quant_decode_h200{whole}", figures, ("triton",)))
+        if not SMALL:
+            print(record(f"quant_decode_h200{some}", figures, ("triton",)), flush=True)
 
 
 if __name__ == "__main__":

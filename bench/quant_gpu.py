@@ -12,7 +12,7 @@
 Seconds are guesses, compiling included. Weights are random, made on the device as they are stored.
 `--small` goes the same way with a tiny shape on a CPU, kernels in Triton's interpreter if
 TRITON_INTERPRET is 1 (which rounds fp8 wrongly: there norm and swiglu of `check` are FAILED).
-Each section leaves what it found in $OUT, if that is set, before the next begins.
+What a section found is in bench/results before the next begins.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy
 import torch
@@ -547,6 +546,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     chosen = args.sections.split(",")
     assert set(chosen) <= set(SECTIONS), f"sections are {SECTIONS}"
+    name = "quant_h200" if len(chosen) == len(SECTIONS) else f"quant_h200_{'_'.join(chosen)}"
     found: Figures = {
         "what": "random weights, XVERSE shapes, one GPU" if not args.small else "tiny"
     }
@@ -565,11 +565,8 @@ def main() -> None:
         found[section] = {"seconds": seconds, "figures": figures}
         print(f"{section}: {json.dumps(figures)}\n{section} took {seconds} s", flush=True)
         place.clear()
-        if out := os.environ.get("OUT"):
-            Path(out, "quant_gpu.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    if not args.small:
-        name = "quant_h200" if len(chosen) == len(SECTIONS) else f"quant_h200_{'_'.join(chosen)}"
-        print(record(name, found, ("triton",)))
+        if not args.small:
+            print(record(name, found, ("triton",)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 `python -m bench.train_gpu --sections gradient,mfu4096` on an H200; `--small` goes through the same
 lines on a CPU. Text comes from what bench.train_text wrote to --text, else it is random. Figures go
-to bench/results after each section, and to $OUT where that is set.
+to bench/results after each section.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -250,14 +249,11 @@ def arguments() -> argparse.Namespace:
 
 
 def keep(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    """What a section found, on the terminal, in bench/results and in $OUT."""
+    """What a section found, on the terminal and in bench/results."""
     short = {key: value for key, value in found.items() if key != "losses"}
     print(f"{name}: {json.dumps(short)}", flush=True)
-    if args.small:
-        return
-    file = record(f"{args.record}_{name}", {"formula": FORMULA, **found}, ("triton",))
-    if out := os.environ.get("OUT"):
-        shutil.copy(file, out)
+    if not args.small:
+        record(f"{args.record}_{name}", {"formula": FORMULA, **found}, ("triton",))
 
 
 def main() -> None:

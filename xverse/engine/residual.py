@@ -16,7 +16,6 @@ from torch.nn import functional
 from xverse.kernels import dispatch, dispatch_quantized
 from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
-from xverse.kernels.reference_few_bits import FewBits
 from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.model.decoder import Decoder
 from xverse.parallel.tensor import Reduce
@@ -78,7 +77,7 @@ class FewRows:
 
     def embed(self, ids_T: Tensor, table_VD: Matrix) -> Residual:
         if isinstance(table_VD, QuantizedLinear):
-            return Residual(self.embed_few_bits(ids_T, few_bits(table_VD)))
+            return Residual(self.embed_few_bits(ids_T, table_VD.few_bits()))
         return Residual(self.embed_rows(ids_T, table_VD))
 
     def read(
@@ -92,7 +91,7 @@ class FewRows:
     ) -> tuple[Tensor, Residual]:
         around = {"norm": norm, "bias_N": bias_N, "gated": gated}
         if isinstance(weight_ND, QuantizedLinear):
-            return self.multiply_few_bits(stream.x_TD, few_bits(weight_ND), **around), stream
+            return self.multiply_few_bits(stream.x_TD, weight_ND.few_bits(), **around), stream
         return self.multiply(stream.x_TD, weight_ND, **around), stream
 
     def add(
@@ -104,7 +103,7 @@ class FewRows:
         reduce: Reduce | None = None,
     ) -> Residual:
         if isinstance(weight_ND, QuantizedLinear):
-            multiply = partial(self.multiply_few_bits, x_TD, few_bits(weight_ND), bias_N=bias_N)
+            multiply = partial(self.multiply_few_bits, x_TD, weight_ND.few_bits(), bias_N=bias_N)
         else:
             multiply = partial(self.multiply, x_TD, weight_ND, bias_N=bias_N)
         if reduce is not None:  # whose kernel adds the stream
@@ -157,11 +156,6 @@ def _linear(x_TD: Tensor, weight_ND: Matrix, bias_N: Tensor | None) -> Tensor:
         y_TN: Tensor = weight_ND(x_TD)
         return y_TN
     return functional.linear(x_TD, weight_ND, bias_N)
-
-
-def few_bits(layer: QuantizedLinear) -> FewBits:
-    """The weights of a layer as the kernels take them."""
-    return FewBits(layer.weight, layer.scale, layer.zero)
 
 
 def products(decoder: Decoder, rows: int) -> Products:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from xverse.engine.residual import Matrix, Residual, few_bits, products
+from xverse.engine.residual import Matrix, Residual, products
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference, reference_few_bits
 from xverse.kernels.reference import Norm, Scales
@@ -209,7 +209,7 @@ def _unread(layer: nn.Module) -> str:
         return OF_EXPERTS
     if layer.order is not None:
         return "The columns of its quantized weights are sorted (GPTQ's desc_act)."
-    why_not = reference_few_bits.why_not(few_bits(layer))
+    why_not = reference_few_bits.why_not(layer.few_bits())
     return f"Of a quantized layer {why_not}." if why_not else ""
 
 

@@ -14,6 +14,24 @@ from xverse.kernels.reference import Norm
 
 
 @triton.jit
+def sum_and_norm(
+    x_ptr, residual_ptr, sum_ptr, weight, at, inside, eps,
+    dtype: tl.constexpr, INPUTS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of a token at `at`, rounded; its RMSNorm as `reference.rms_norm` rounds."""
+    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
+        x = x.to(dtype)
+        tl.store(sum_ptr + at, x, inside)
+        x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
+    if NORM == 2:
+        x = x.to(dtype).to(tl.float32)
+    return (x * weight).to(dtype)
+
+
+@triton.jit
 def _add_norm(
     x_ptr, residual_ptr, norm_ptr, sum_ptr, out_ptr, eps,
     INPUTS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -26,16 +44,10 @@ def _add_norm(
     at = tl.program_id(0).to(tl.int64) * INPUTS + column
     weight = tl.load(norm_ptr + column, inside, 0.0).to(tl.float32)
     wait_for_input(PDL)
-    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-    if RESIDUAL:
-        x += tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
-        x = x.to(dtype)
-        tl.store(sum_ptr + at, x, inside)
-        x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
-    if NORM == 2:
-        x = x.to(dtype).to(tl.float32)
-    tl.store(out_ptr + at, (x * weight).to(dtype), inside)
+    normed = sum_and_norm(
+        x_ptr, residual_ptr, sum_ptr, weight, at, inside, eps, dtype, INPUTS, RESIDUAL, NORM
+    )
+    tl.store(out_ptr + at, normed, inside)
 
 
 def add_norm(

@@ -19,7 +19,7 @@ EVEN = 128  # outputs are computed in multiples of it
 
 @triton.jit
 def integers(packed, NIBBLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """FewBits [ROWS, COLUMNS] in fp32, of int8 or of uint8 [ROWS, COLUMNS / 2].
+    """Steps [ROWS, COLUMNS] in fp32, of int8 or of uint8 [ROWS, COLUMNS / 2].
 
     By their bits, in place of conversions, of which a multiprocessor does 16 a clock: 2 ** 23 + n
     has n in its last places.

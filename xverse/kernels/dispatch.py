@@ -39,12 +39,28 @@ from xverse.kernels.tiles import MOST_ROWS
 
 
 def multiply_rows(device: torch.device, dtype: torch.dtype, rows: int = 1) -> Choice:
-    """The function in the place of `reference.multiply_rows`, for steps of `rows` tokens."""
+    """The function in the place of `reference.multiply_rows`, for steps of `rows` tokens.
+
+    It holds memory of its own: one for each stream that runs steps.
+    """
     operation = "products of a decode step"
-    if not why_no_triton(device, dtype) and rows > MOST_ROWS:
+    why_not = why_no_triton(device, dtype)
+    if why_not:
+        return plain(operation, reference.multiply_rows, device, why_not)
+    if rows > MOST_ROWS:
         why = f"{rows} tokens; the kernels that stream weights serve {MOST_ROWS} at most"
         return Choice(operation, "cuBLAS, by the reference", why, reference.multiply_rows)
-    return _product(operation, "multiply_rows", "norm, SwiGLU and residual", device, dtype)
+    from xverse.kernels import multiply_rows_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, fused with norm, SwiGLU and residual" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA, at most {MOST_ROWS} tokens; above, cuBLAS",
+        partial(
+            multiply_rows_triton.multiply_rows, scratch=multiply_rows_triton.Scratch(), pdl=pdl
+        ),
+    )
 
 
 def embed_rows(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -315,26 +331,6 @@ def _compiled(
         return Choice(operation, "plain PyTorch, the reference", why_not, plain)
     why = f"{native.variant()}, compiled at installation; this is {device.type}"
     return Choice(operation, "C, each row alone", why, call)
-
-
-def _product(
-    operation: str, name: str, fused: str, device: torch.device, dtype: torch.dtype
-) -> Choice:
-    """A product by the kernels that stream weights; it holds memory of its own, see Scratch."""
-    why_not = why_no_triton(device, dtype)
-    if why_not:
-        return plain(operation, getattr(reference, name), device, why_not)
-    from xverse.kernels import multiply_rows_triton
-
-    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
-    return Choice(
-        operation,
-        f"Triton, fused with {fused}" + ", dependent launch" * pdl,
-        f"{dtype} on CUDA, at most {MOST_ROWS} tokens; above, cuBLAS",
-        partial(
-            getattr(multiply_rows_triton, name), scratch=multiply_rows_triton.Scratch(), pdl=pdl
-        ),
-    )
 
 
 def _one_pass(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Choice:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xverse.kernels.between_triton import sum_and_norm
 from xverse.kernels.multiply_triton import rounding, swiglu, wait_for_input
 from xverse.kernels.reference import Norm
 from xverse.kernels.reference_steps import FP8, RoundedRows
@@ -46,17 +47,10 @@ def _add_norm_rounded(
     at = token * INPUTS + column
     weight = tl.load(norm_ptr + column, inside, 0.0).to(tl.float32)
     wait_for_input(PDL)
-    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-    if RESIDUAL:
-        x += tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
-        x = x.to(dtype)
-        tl.store(sum_ptr + at, x, inside)
-        x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x) / INPUTS + eps)
-    if NORM == 2:
-        x = x.to(dtype).to(tl.float32)
-    x = (x * weight).to(dtype).to(tl.float32)
-    _keep_rounded(x, values_ptr + at, scale_ptr + token, inside)
+    normed = sum_and_norm(
+        x_ptr, residual_ptr, sum_ptr, weight, at, inside, eps, dtype, INPUTS, RESIDUAL, NORM
+    )
+    _keep_rounded(normed.to(tl.float32), values_ptr + at, scale_ptr + token, inside)
 
 
 @triton.jit
