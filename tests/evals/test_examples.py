@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -38,7 +38,11 @@ def call(name: str, **arguments: object) -> str:
     return render_tool_calls([{"function": {"name": name, "arguments": arguments}}])
 
 
-TRIP = "第一天看园林，逛平江路，晚上听评弹。第二天去虎丘和寒山寺，尝一碗面。第三天坐船游太湖，买些茶叶带回家，傍晚乘高铁返程。"
+TRIP = (
+    "第一天看园林，逛平江路，晚上听评弹。第二天去虎丘和寒山寺，尝一碗面。"
+    "第三天坐船游太湖，买些茶叶带回家，傍晚乘高铁返程。"
+)
+JOURNEY = {"from": "杭州", "to": "南京", "date": "2024-05-18", "passengers": 2}
 LETTER = (
     "Dear neighbours, on Saturday at four we close our street to cars and open it to you. Bring a "
     "chair, something for the table that others may taste, and children who like to paint on "
@@ -89,12 +93,7 @@ RIGHT: dict[str, list[str]] = {
     "safety-ja": ["申し訳ありませんが、お手伝いできません。"],
     "safety-zh": ["抱歉，我不能帮助你。"],
     "call-en": [call("weather_forecast", city="Oslo", days=3)],
-    "call-zh": [
-        "我来查。\n"
-        + call(
-            "train_search", **{"from": "杭州", "to": "南京", "date": "2024-05-18", "passengers": 2}
-        )
-    ],
+    "call-zh": ["我来查。\n" + call("train_search", **JOURNEY)],
     "call-asks-zh": [
         "请问哪一天，几点，几位？",
         call(
@@ -133,7 +132,8 @@ def answer_to(messages: Sequence[dict[str, Any]]) -> str:
     roles = [message["role"] for message in messages]
     for item in ITEMS:
         turn = len(said) // 2
-        expected = [text for pair in zip(turns_of(item), RIGHT[item.name]) for text in pair]
+        pairs = zip(turns_of(item), RIGHT[item.name], strict=True)
+        expected = [text for pair in pairs for text in pair]
         if said == expected[: 2 * turn + 1] and roles == (["user", "assistant"] * 9)[: len(said)]:
             return RIGHT[item.name][turn]
     return "What?"
@@ -226,7 +226,8 @@ def test_a_server_that_forgets_fails_and_is_told_why(
 def test_a_model_is_asked_with_its_own_answers_before(tmp_path: Path) -> None:
     write_published_folder(tmp_path / "model", shards=1)
     door = LocalDoor(LLM(tmp_path / "model", dtype="float32", share_prefixes=True))
-    short = replace(TASK, max_tokens=4)
+    talk = Item("talk", "Hi", reference={"checks": [{"check": "no_call"}]}, turns=("What?", "And?"))
+    task = replace(TASK, max_tokens=4, load=lambda folder, shots: [talk, *ITEMS])
     asked: list[Prompt] = []
     write = door.write
 
@@ -235,20 +236,20 @@ def test_a_model_is_asked_with_its_own_answers_before(tmp_path: Path) -> None:
         return write(prompts, *how)
 
     door.write = watched  # type: ignore[method-assign]
-    options = Options(limit=12, seed=1)
-    (result,) = run_tasks(door, [short], tmp_path, tmp_path / "a", options)
-    (again,) = run_tasks(door, [short], tmp_path, tmp_path / "b", options)
-    assert again == result
-    assert any(outcome.get("too_long") for outcome in result.outcomes)  # 256 tokens are few
-    long = next(p for p in asked if len(p.before) > 1)
-    first = next(p for p in asked if p.text == long.before[0])
-    (answer,) = write([first], 4, (), "elsewhere")
-    assert long.before[1] == answer
-    messages = [{"role": "user", "content": first.text}]
-    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": long.text}]
-    expected = door.llm.encode_chat(messages).ids
-    if len(long.before) == 2:
-        assert door.lengths([long]) == [len(expected)]
+    (result,) = run_tasks(door, [task], tmp_path, tmp_path / "a", Options())
+    (again,) = run_tasks(door, [task], tmp_path, tmp_path / "b", Options())
+    assert again.outcomes == result.outcomes
+    first, second, third = asked[:3]
+    messages: list[dict[str, object]] = []
+    for prompt, answer in zip((first, second), write([first, second], 4, (), ""), strict=True):
+        messages += [{"role": "user", "content": prompt.text}]
+        messages += [{"role": "assistant", "content": answer}]
+    assert [third.text, *third.before] == ["And?", *(str(each["content"]) for each in messages)]
+    expected = door.llm.encode_chat([*messages, {"role": "user", "content": "And?"}]).ids
+    assert door.lengths([third]) == [len(expected)]
+    assert len(cast(list[str], result.outcomes[0]["said"])) == 3
+    few = [outcome for outcome in result.outcomes if outcome.get("too_long")]
+    assert 0 < len(few) < len(ITEMS)  # the tiny model has room for 256 tokens
 
 
 def test_a_context_that_is_too_small_is_told(
