@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ SCORED = (
     "piqa,arc-easy,arc-challenge,hellaswag,winogrande,openbookqa,boolq,lambada,race-m,"
     "commonsenseqa,mmlu-val,ceval"
 )
+Keep = Callable[[dict[str, Any]], object]
 
 
 def main() -> None:
@@ -55,21 +56,21 @@ def measure(model: str, asked: argparse.Namespace) -> None:
     """One model, in both programs."""
     llm = LLM(model, dtype="float32", share_prefixes=True, kv_tokens=32_768)
     peer = open_peer(llm)
-    run = scores if asked.what == "scores" else speed
-    figures = run(llm, peer, asked)
-    figures = {
-        "model": llm.title,
-        "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        **figures,
-    }
-    print(json.dumps(figures, indent=1))
-    if asked.name:
-        record(asked.name, figures, ("transformers", "lm_eval"))
+
+    def keep(figures: dict[str, Any]) -> dict[str, Any]:
+        """Write down what is known so far."""
+        threads = torch.get_num_threads()
+        figures = {"model": llm.title, "dtype": "float32", "threads": threads, **figures}
+        if asked.name:
+            record(asked.name, figures, ("transformers", "lm_eval"))
+        return figures
+
+    found = scores(llm, peer, asked, keep) if asked.what == "scores" else speed(llm, peer, asked)
+    print(json.dumps(keep(found), indent=1))
 
 
-def scores(llm: LLM, peer: Any, asked: argparse.Namespace) -> dict[str, Any]:
-    """Both scores of every task, and the items on which the two differ."""
+def scores(llm: LLM, peer: Any, asked: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Both scores of every task, and the items on which the two differ; kept after each task."""
     rows: dict[str, Any] = {}
     for name in asked.tasks.split(","):
         task = all_tasks()[name]
@@ -92,6 +93,7 @@ def scores(llm: LLM, peer: Any, asked: argparse.Namespace) -> dict[str, Any]:
             "items_that_differ": differ,
         }
         print(name, rows[name], flush=True)
+        keep({"limit": asked.limit, "tasks": rows})
     return {"limit": asked.limit, "tasks": rows}
 
 
