@@ -189,7 +189,7 @@ def test_numbers_that_a_kind_cannot_hold_leave_no_file(
     numbers = torch.zeros(2, 32)
     numbers[1, 3] = value
     path = tmp_path / "m.gguf"
-    tensors = [Outgoing("a", (2, 32), kind, lambda: numbers)]
+    tensors = [Outgoing("a", (2, 32), kind, [lambda: numbers])]
     if fine:
         write_gguf(path, {"general.architecture": "llama"}, tensors)
         assert torch.equal(
