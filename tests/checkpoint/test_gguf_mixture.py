@@ -1,6 +1,7 @@
 """Mixtures of experts as GGUF: llama.cpp computes what we do, and the same weights come back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def test_the_same_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
     decoder = model(tmp_path / "m", num_key_value_heads=2)
     export_gguf(tmp_path / "m", tmp_path / "m.gguf", "f16")
     again = load(tmp_path / "m.gguf", dtype="float32")
-    assert again.decoder.shape.to_config() == pytest.approx(decoder.shape.to_config())
+    rounded = again.decoder.shape.rms_norm_eps  # in fp32, as the file has it
+    assert again.decoder.shape == replace(decoder.shape, rms_norm_eps=rounded)
+    assert rounded == pytest.approx(decoder.shape.rms_norm_eps)
     expected = decoder.state_dict()
     found = again.decoder.state_dict()
     assert found.keys() == expected.keys()
@@ -73,9 +76,8 @@ def test_llama_cpp_reads_and_continues_alike(tmp_path: Path) -> None:
     theirs = in_llama_cpp(tmp_path / "m.gguf", logits_all=True)
     theirs.eval((torch.arange(20) * 5 % 200).tolist())
     got = torch.from_numpy(theirs.scores[:20].copy())
-    assert torch.allclose(got, logits(decoder), atol=0.05)
-    # Neither unnormalized weights of experts nor a gate before shared ones would pass for that.
-    assert logits(decoder).std() > 0.5
+    # 0.007 off; 0.03 with experts' weights scaled by 1.01, 0.8 with weights not normalized.
+    assert torch.allclose(got, logits(decoder), atol=0.02)
 
     ours = LLM(tmp_path / "m.gguf", dtype="float32", device="cpu")
     greedy = Sampling(max_tokens=NEW_TOKENS, temperature=0, repetition_penalty=1.0)
@@ -223,5 +225,5 @@ def test_mutations_are_read_or_refused(tmp_path: Path) -> None:
     data = draft.bytes()
     header = len(data) - sum(len(entry.data) for entry in draft.entries)
     counts = outcomes(data, header, tmp_path / "mutated.gguf", 300, everything)
-    assert counts["read"] > 3
+    assert counts["read"] > 0
     assert counts["refused"] > 100
