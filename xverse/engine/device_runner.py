@@ -36,6 +36,7 @@ from xverse.engine.runner import (
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
+from xverse.kernels.dispatch_quantized import WHOLE_ROWS
 from xverse.log import warn_once
 from xverse.model.decoder import Decoder
 
@@ -118,7 +119,11 @@ class DeviceRunner:
                 self.steps.prepare(size)
 
     def rehearse(self, step_tokens: int) -> int:
-        """Run the largest steps on the spare page; the most bytes they took beside what stays."""
+        """Run the largest steps on the spare page; the most bytes they took beside what stays.
+
+        Quantized weights are widened whole for prompts of up to WHOLE_ROWS tokens, and part by part
+        for longer ones, which may therefore take less memory: both are tried.
+        """
         device, context = self.kv.device, self.decoder.shape.context_length
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -127,11 +132,12 @@ class DeviceRunner:
         )
         for slot in range(self.slots):
             self.sampler.enter(slot, Sampler(everything.over({})), [0], [])
-        counts = [min(context, step_tokens - start) for start in range(0, step_tokens, context)]
         with torch.inference_mode():
-            rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
-            hidden_TD = self.prompts(rows, self.decoder)
-            del hidden_TD
+            for tokens in {step_tokens, min(step_tokens, WHOLE_ROWS)}:
+                counts = [min(context, tokens - start) for start in range(0, tokens, context)]
+                rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
+                hidden_TD = self.prompts(rows, self.decoder)
+                del hidden_TD
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
             slots_B = torch.arange(self.slots, device=device)
