@@ -6,6 +6,7 @@ come along and how long they are, and not what they say.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy
@@ -30,6 +31,7 @@ from xverse.engine.runner import (
     choosing_rows,
     fetch,
     owners_of,
+    reading_rows,
     score,
     upload,
 )
@@ -94,11 +96,10 @@ class DeviceRunner:
         prompts = [chunk for chunk in chunks if not (chunk.draft or _decodes(chunk))]
         others, found = [*guessing, *prompts], []
         if others:
-            with decoder_for(self.decoder, self.adapters, owners_of(others)) as decoder:
-                hidden_TD = self.prompts(self._prompts(others), decoder)
-            flight.labels = score(self.decoder, self.kv, others, hidden_TD)
+            hidden_RD = self._prompts_hidden(others)
+            flight.labels = score(self.decoder, self.kv, others, hidden_RD)
             if rows := choosing_rows(others):
-                found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
+                found.append(self.decoder.logits(hidden_RD[self._upload(rows)]))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
         if not found:
@@ -111,6 +112,17 @@ class DeviceRunner:
         if guessing:
             self._follow(flight, guessing, logits_BV[:guessed])
         return flight
+
+    def _prompts_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [R, D] of the rows that are read."""
+        prompts, owners, read = self._prompts(chunks), owners_of(chunks), reading_rows(chunks)
+        rows_R = self._upload(read)
+        if owners:  # which say of every row in every layer whose it is
+            with decoder_for(self.decoder, self.adapters, owners) as decoder:
+                return self.prompts(prompts, decoder)[rows_R]
+        if len(read) < len(prompts.ids_T):
+            prompts = replace(prompts, rows_R=rows_R)
+        return self.prompts(prompts, self.decoder)
 
     def prepare(self) -> None:
         """Capture the steps of all sizes."""
