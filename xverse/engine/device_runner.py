@@ -6,6 +6,7 @@ come along and how long they are, and not what they say.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy
@@ -30,12 +31,14 @@ from xverse.engine.runner import (
     choosing_rows,
     fetch,
     owners_of,
+    reading_rows,
     score,
     upload,
 )
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
+from xverse.kernels.dispatch_quantized import WHOLE_ROWS
 from xverse.log import warn_once
 from xverse.model.decoder import Decoder
 
@@ -93,11 +96,10 @@ class DeviceRunner:
         prompts = [chunk for chunk in chunks if not (chunk.draft or _decodes(chunk))]
         others, found = [*guessing, *prompts], []
         if others:
-            with decoder_for(self.decoder, self.adapters, owners_of(others)) as decoder:
-                hidden_TD = self.prompts(self._prompts(others), decoder)
-            flight.labels = score(self.decoder, self.kv, others, hidden_TD)
+            hidden_RD = self._prompts_hidden(others)
+            flight.labels = score(self.decoder, self.kv, others, hidden_RD)
             if rows := choosing_rows(others):
-                found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
+                found.append(self.decoder.logits(hidden_RD[self._upload(rows)]))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
         if not found:
@@ -111,6 +113,17 @@ class DeviceRunner:
             self._follow(flight, guessing, logits_BV[:guessed])
         return flight
 
+    def _prompts_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [R, D] of the rows that are read."""
+        prompts, owners, read = self._prompts(chunks), owners_of(chunks), reading_rows(chunks)
+        rows_R = self._upload(read)
+        if owners:  # which say of every row in every layer whose it is
+            with decoder_for(self.decoder, self.adapters, owners) as decoder:
+                return self.prompts(prompts, decoder)[rows_R]
+        if len(read) < len(prompts.ids_T):
+            prompts = replace(prompts, rows_R=rows_R)
+        return self.prompts(prompts, self.decoder)
+
     def prepare(self) -> None:
         """Capture the steps of all sizes."""
         with torch.inference_mode():
@@ -118,7 +131,11 @@ class DeviceRunner:
                 self.steps.prepare(size)
 
     def rehearse(self, step_tokens: int) -> int:
-        """Run the largest steps on the spare page; the most bytes they took beside what stays."""
+        """Run the largest steps on the spare page; the most bytes they took beside what stays.
+
+        Quantized weights are widened whole for prompts of up to WHOLE_ROWS tokens, and part by part
+        for longer ones, which may therefore take less memory: both are tried.
+        """
         device, context = self.kv.device, self.decoder.shape.context_length
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -127,11 +144,12 @@ class DeviceRunner:
         )
         for slot in range(self.slots):
             self.sampler.enter(slot, Sampler(everything.over({})), [0], [])
-        counts = [min(context, step_tokens - start) for start in range(0, step_tokens, context)]
         with torch.inference_mode():
-            rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
-            hidden_TD = self.prompts(rows, self.decoder)
-            del hidden_TD
+            for tokens in {step_tokens, min(step_tokens, WHOLE_ROWS)}:
+                counts = [min(context, tokens - start) for start in range(0, tokens, context)]
+                rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
+                hidden_TD = self.prompts(rows, self.decoder)
+                del hidden_TD
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
             slots_B = torch.arange(self.slots, device=device)
