@@ -151,7 +151,7 @@ def tune(config: Config, listener: Callable[[int, float], "Listener"] | None = N
 
     began = time.time()
     with Stop() as stop:
-        ranks = Ranks.start(config.device)
+        ranks = Ranks.start(config.device, grouped=config.compute.offload == "parameters")
         try:
             log.setup("WARNING", ranks.rank)
             from xverse.verbs._finetune_run import FineTuningRun

@@ -59,7 +59,7 @@ def run(config: Config) -> int:
 
     began = time.time()
     with Stop() as stop:
-        ranks = Ranks.start(config.device)
+        ranks = Ranks.start(config.device, grouped=config.compute.offload == "parameters")
         try:
             log.setup("WARNING", ranks.rank)
             if config.dry_run:
