@@ -143,7 +143,7 @@ class Training:
         if self.update.optimizer != "adamw":
             raise XverseError(
                 f"The optimizer {self.update.optimizer} cannot be offloaded.",
-                "Its update multiplies matrices for every weight, which takes a CPU minutes a step.",
+                "Its update multiplies matrices, which at 7B takes a CPU minutes a step.",
                 "Take update.optimizer adamw, or leave compute.offload out.",
             )
         cut = [n for n in ("tensor", "pipeline", "context", "expert") if getattr(self.mesh, n) > 1]
