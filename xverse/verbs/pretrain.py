@@ -134,7 +134,9 @@ def _print_plan(config: Config, facts: dict[str, object]) -> None:
     assert isinstance(offloaded, dict)
     for name, found in offloaded.items():
         sizes = f"{found['total'] / 2**30:9.3f} {found['host'] / 2**30:9.3f}"
-        fits = "  ".join(f"{card} {'yes' if fits else 'no'}" for card, fits in found["fits"].items())
+        fits = "  ".join(
+            f"{card} {'yes' if fits else 'no'}" for card, fits in found["fits"].items()
+        )
         print(f"            {name:<12} {sizes}   {fits}")
     seconds = facts["seconds"]
     if isinstance(seconds, float):
