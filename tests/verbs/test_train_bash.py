@@ -227,8 +227,8 @@ def test_every_key_of_the_published_file_has_a_row() -> None:
         ({"zero_optimization": {"stage": 2, "overlap_com": 1}}, "Did you mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}}, "no meaning here"),
         (
-            offload(3, offload_optimizer={"device": "nvme", "nvme_path": "/x"}),
-            "disks are not built",
+            offload(3, offload_optimizer={"device": "nvme", "nvme_path": "x"}),
+            "no disks",
         ),
         (offload(2, offload_param={"device": "cpu"}), "for stage 3"),
         (offload(3, offload_param={"device": "cpu", "ratio": 0.3}), "all of it is offloaded"),

@@ -112,7 +112,7 @@ def _offload(path: str, value: object, zero: Mapping[str, object]) -> list[Row]:
     if device not in ("cpu", "none", None):
         raise XverseError(
             f"The DeepSpeed configuration has {path}.device = {device!r:.40}.",
-            "What is offloaded stays in the host's memory; disks are not built.",
+            "What is offloaded stays in the host's memory; no disks are there for it.",
             'Set it to "cpu"; to need less of it, take bf16 moments or shard over more devices.',
         )
     _only(path, section, "device", *OFFLOAD_KEYS)
