@@ -40,7 +40,7 @@ def test_a_cpu_gets_the_reference_and_is_told_why() -> None:
         reference.attend,
         *2 * [attend.attend_documents],
         reference_train.score_logits,
-        update_cpu.adamw,
+        update_cpu.adamw_in_pieces if native.why_not() else update_cpu.adamw,
         reference_sample.best_rows,
         reference_sample.sample_rows,
         reference_sample.mask_rows,

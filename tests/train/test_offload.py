@@ -10,7 +10,6 @@ import torch
 from tests.train.test_loop import at_pass, events, losses
 from tests.train.tiny import ALONE, options, tiny_run, tiny_shape
 from xverse.errors import XverseError
-from xverse.kernels import reference_train, update_cpu
 from xverse.kernels.reference_train import AdamW
 from xverse.model.catalog import CATALOG
 from xverse.parallel.axes import Axes
@@ -36,7 +35,6 @@ KINDS = [  # of computing, master, moments
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that small weights have several."""
     monkeypatch.setattr(offload, "PIECE", 192)
-    monkeypatch.setattr(update_cpu, "PIECE", 64)
 
 
 @pytest.fixture(scope="module")
@@ -185,35 +183,6 @@ def test_nothing_is_copied_for_a_checkpoint_and_updates_wait_for_it(
     kept = {name: torch.full_like(t, -1) for name, t in it.optimizer.tensors().items()}
     assert it.checkpoints.load(kept) is not None
     assert_same(kept, it.optimizer.tensors())
-
-
-@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
-def test_the_update_on_a_cpu_is_the_specification(
-    weight: torch.dtype, moments: torch.dtype, gradient: torch.dtype
-) -> None:
-    torch.manual_seed(4)
-    size = (7, 43)  # pieces of 64, the last one of 45
-    given = [
-        torch.randn(size).to(weight),
-        torch.randn(size).to(gradient),
-        (torch.randn(size) * 0.1).to(moments),
-        (torch.rand(size) * 0.1).to(moments),
-    ]
-    copy = torch.zeros(size, dtype=torch.bfloat16) if weight == torch.float32 else None
-    found = []
-    for call in (update_cpu.adamw, reference_train.adamw):
-        tensors = [tensor.clone() for tensor in given]
-        own = None if copy is None else copy.clone()
-        call(*tensors, RULE, own)
-        found.append(tensors if own is None else [*tensors, own])
-    for ours, specified in zip(*found, strict=True):
-        # One unit in bf16's last place, where a sum a bit apart falls to the other side.
-        tolerance = 2**-7 if ours.dtype == torch.bfloat16 else 1e-6
-        torch.testing.assert_close(ours, specified, atol=1e-6, rtol=tolerance)
-    if moments == weight == torch.bfloat16:
-        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_gradients_are_let_go_as_they_are_used() -> None:

@@ -177,7 +177,10 @@ def adamw(device: torch.device) -> Choice:
     operation = "update of weights"
     why_not = why_no_triton(device, torch.bfloat16)
     if device.type == "cpu":
-        return Choice(operation, "PyTorch's fused loop, in pieces", why_not, update_cpu.adamw)
+        if native.why_not():
+            why = f"{why_not}, and {native.why_not()}"
+            return Choice(operation, "PyTorch, in pieces", why, update_cpu.adamw_in_pieces)
+        return Choice(operation, "C, in one pass", why_not, update_cpu.adamw)
     if why_not:
         return plain(operation, reference_train.adamw, device, why_not)
     from xverse.kernels import update_triton
