@@ -75,4 +75,4 @@ def accumulate(decoder: Decoder, *, last: bool, every: bool = False) -> None:
     `every`, those of each pass are, and none of them stays on the device."""
     if isinstance(decoder, FSDPModule):
         decoder.set_requires_gradient_sync(last or every)
-        decoder.set_is_last_backward(last)
+        decoder.set_is_last_backward(last or every)  # which waits for copies to the host

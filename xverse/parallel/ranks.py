@@ -33,7 +33,8 @@ class Ranks:
         require_alone()
         place = pick_device(device)
         if place.type == "cuda":
-            place = place if size == 1 else torch.device("cuda", int(env("LOCAL_RANK", "0")))
+            own = int(env("LOCAL_RANK", "0")) if size > 1 else place.index or 0
+            place = torch.device("cuda", own)
             torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         if size == 1:
