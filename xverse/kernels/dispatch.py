@@ -15,6 +15,7 @@ from xverse.kernels import (
     reference_experts,
     reference_packed,
     reference_train,
+    update_cpu,
 )
 from xverse.kernels.choice import PDL_SINCE, Choice, plain, why_no_triton
 from xverse.kernels.cuts import Scratch
@@ -175,6 +176,11 @@ def adamw(device: torch.device) -> Choice:
     """The function in the place of `reference_train.adamw`."""
     operation = "update of weights"
     why_not = why_no_triton(device, torch.bfloat16)
+    if device.type == "cpu":
+        if native.why_not():
+            why = f"{why_not}, and {native.why_not()}"
+            return Choice(operation, "PyTorch, in pieces", why, update_cpu.adamw_in_pieces)
+        return Choice(operation, "C, in one pass", why_not, update_cpu.adamw)
     if why_not:
         return plain(operation, reference_train.adamw, device, why_not)
     from xverse.kernels import update_triton
