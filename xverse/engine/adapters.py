@@ -7,29 +7,16 @@ memory is free when the last of them ends.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 
+import numpy
 import torch
+from torch import Tensor
 
 from xverse.checkpoint.adapter import Adapter
-from xverse.engine.adapted import Change, Groups, adapted, changes_of
+from xverse.engine.adapted import Groups, Loaded, adapted, changes_of
+from xverse.engine.adapter_slots import NOBODY, AdapterSlots
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
-
-
-@dataclass(eq=False)
-class Loaded:
-    """An adapter in memory. Its `number` is never given again: keys and values that were computed
-    with it are found by it. `users` are the requests that have it."""
-
-    name: str
-    number: int
-    changes: dict[str, Change]
-    users: int = 0
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(change.nbytes for change in self.changes.values())
 
 
 class Adapters:
@@ -42,6 +29,12 @@ class Adapters:
         self._known: dict[str, Loaded] = {}
         self._leaving: list[Loaded] = []
         self._next = 1
+        self.slots: AdapterSlots | None = None
+
+    def take_slots(self, count: int, rank: int) -> None:
+        """Have slots from now on, for a runner whose steps are captured; once for all."""
+        if count and self.slots is None:
+            self.slots = AdapterSlots(self._twin, count, rank)
 
     @property
     def names(self) -> list[str]:
@@ -106,9 +99,12 @@ class Adapters:
     def over(self, owners: Sequence[Loaded | None]) -> Iterator[Decoder]:
         """The decoder whose first rows belong to these adapters, one each; more rows to none,
         unless all are of one."""
+        slot_T = self._slots_of(owners)
+        if self.slots is not None and slot_T is not None:
+            self._groups.in_slots = self.slots.behind(slot_T)
         self._groups.now = []
         for loaded in dict.fromkeys(owners):
-            if loaded is None:
+            if loaded is None or (self.slots is not None and self.slots.of(loaded) is not None):
                 continue
             own = [row for row, owner in enumerate(owners) if owner is loaded]
             rows = None
@@ -118,7 +114,20 @@ class Adapters:
         try:
             yield self._twin
         finally:
-            self._groups.now = []
+            self._groups.now, self._groups.in_slots = [], None
+
+    def _slots_of(self, owners: Sequence[Loaded | None]) -> Tensor | None:
+        """The slot of each row, on the device; None where nobody has one."""
+        if self.slots is None:
+            return None
+        by_owner = {owner: self.slots.of(owner) for owner in dict.fromkeys(owners)}
+        slots = {owner: NOBODY if slot is None else slot for owner, slot in by_owner.items()}
+        if all(slot == NOBODY for slot in slots.values()):
+            return None
+        rows = numpy.array([slots[owner] for owner in owners], numpy.int32)
+        here = torch.from_numpy(rows)
+        device = self._twin.device
+        return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
     def _require(self, name: str) -> Loaded:
         if name not in self._known:

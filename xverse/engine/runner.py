@@ -13,7 +13,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from xverse.engine.adapters import Adapters, Loaded, decoder_for
+from xverse.engine.adapted import Loaded
+from xverse.engine.adapters import Adapters, decoder_for
 from xverse.engine.packed_step import PackedStep, fits
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
