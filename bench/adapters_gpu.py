@@ -2,7 +2,7 @@
 
     python -m bench.adapters_gpu [--sections check,answers,layers,decode,swaps,frozen] [--small]
 
-    check    40 s   kernels against fp64 at the layers of XVERSE-7B; bits that depend on no neighbour
+    check    40 s   kernels against fp64 at 7B's layers; bits that depend on no neighbour
     answers  40 s   a small model: greedy ids of eight adapters together, by captured steps
     layers   30 s   microseconds of what adapters add behind a layer, in a CUDA graph
     decode  150 s   7B: tokens/s of 1, 8 and 64 rows without, with one and with eight adapters, and

@@ -137,6 +137,10 @@ class DeviceRunner:
             rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
             hidden_TD = self.prompts(rows, self.decoder)
             del hidden_TD
+            if self.adapters is not None:
+                with self.adapters.over(()) as twin:
+                    hidden_TD = self.prompts(rows, twin)
+                del hidden_TD
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
             if self.steps.adapters is not None:

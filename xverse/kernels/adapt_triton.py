@@ -30,10 +30,15 @@ class Cut(NamedTuple):
 
 
 BLOCK_D, BLOCK_N = 128, 128
+# One compiled form for all numbers of rows, and wherever these lie.
+ANY = {
+    "do_not_specialize": ["tokens"],
+    "do_not_specialize_on_alignment": ["slot_ptr", "ranks_ptr"],
+}
 
 
 def choose_cut(tokens: int, inputs: int, rank: int) -> Cut:
-    """Equal for all rows counts of a band, so that a row's bits are."""
+    """Equal for all numbers of rows of a band, so that a row's bits are."""
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     if tokens > FEW:  # x is read again for every block of ranks
         return Cut(rows, min(64, rank & -rank), triton.cdiv(inputs, BLOCK_D) * BLOCK_D, 1)
@@ -50,7 +55,7 @@ def _own_rows(slot_ptr, tokens, ROWS: tl.constexpr):
     return token, slot == tl.program_id(1)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(**ANY)
 def _shrink(
     x_ptr, slot_ptr, a_ptr, ranks_ptr, low_ptr, tokens,
     INPUTS: tl.constexpr, JOINED: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
@@ -81,7 +86,7 @@ def _shrink(
         tl.store(low_at + part * RANK + rank[None, :], sums, mine[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(**ANY)
 def _expand(
     y_ptr, slot_ptr, low_ptr, b_ptr, gain_ptr, bias_ptr, ranks_ptr, tokens,
     OUTPUTS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, JOINED: tl.constexpr,
