@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,6 +81,8 @@ class Place:
         self.kernels = not small or interpreted
         # Triton's interpreter knows no products of bf16.
         self.dtype = torch.float16 if small and interpreted else torch.bfloat16
+        if small:  # the runner of a GPU, by the plain twins
+            DeviceRunner.why_not = staticmethod(lambda decoder, kv: "")  # type: ignore[method-assign, assignment]
 
     @property
     def layers(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -124,7 +127,7 @@ class Place:
             adapter_bytes=2**33, adapter_rank=RANK, **more,
         )  # fmt: skip
         made = Engine(decoder, options=told)
-        assert self.small or isinstance(made.runner, DeviceRunner)
+        assert isinstance(made.runner, DeviceRunner)
         for number in range(adapters):
             made.load_adapter(str(number), adapter_of(decoder.shape, number))
         return made
@@ -135,6 +138,7 @@ class Place:
             torch.cuda.empty_cache()
 
 
+@cache
 def adapter_of(shape: ModelShape, seed: int, rank: int = RANK) -> Adapter:
     """One whose additions are about a tenth of what they are added to."""
     return random_adapter(
@@ -246,7 +250,7 @@ def swaps(place: Place) -> Figures:
     """Names change hands while others are answered: seconds of loading, and of the step after."""
     decoder = fuse(random_decoder(place.shape, dtype=torch.bfloat16, device=place.device))
     rows, tokens, between = (4, 24, 1) if place.small else (32, 200, 8)
-    engine = place.engine(decoder, running=rows, adapters=4)
+    engine = place.engine(decoder, running=rows + 1, adapters=4)
     others = [adapter_of(place.shape, seed) for seed in (20, 21)]
     asked = make_requests(rows, (20, 40), (tokens, tokens), vocabulary=300)
     for number, request in enumerate(asked):

@@ -30,7 +30,8 @@ class EngineOptions:
     beside the one that is due, while few run; answers stay the same. 0 is off.
     `max_adapters`: so many adapters may be loaded at once, in `adapter_bytes` together; 0 is off.
     On a GPU captured steps serve `adapter_slots` of them at once, each of a rank up to
-    `adapter_rank`, in memory of its own; by default as many as may be loaded, and 8 at most.
+    `adapter_rank`, in memory of its own; by default one more than may be loaded, since an adapter
+    that is replaced is in use for a while, and 8 at most.
     """
 
     kv_tokens: int | None = None
@@ -99,5 +100,7 @@ class EngineOptions:
         # Each sequence has a page at least; memory for more of them would lie idle.
         pages = -(-(self.kv_tokens or step * self.page_size) // self.page_size)
         running = self.max_running or min(step, pages, GPU_RUNNING if gpu else CPU_RUNNING)
-        slots = min(self.max_adapters, SLOTS) if self.adapter_slots is None else self.adapter_slots
+        slots = self.adapter_slots
+        if slots is None:
+            slots = min(self.max_adapters + 1, SLOTS) if self.max_adapters else 0
         return replace(self, step_tokens=step, max_running=running, adapter_slots=slots)

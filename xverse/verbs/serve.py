@@ -73,7 +73,7 @@ class Config(ModelOptions):
     adapter_mb: int = 1024
     """Memory for all adapters together, in MiB."""
     adapter_slots: int | None = None
-    """Adapters that captured steps serve at once on a GPU; by default max-adapters, 8 at most."""
+    """Adapters in captured steps at once, on a GPU; by default max-adapters + 1, at most 8."""
     adapter_rank: int = 32
     """The largest rank of those; memory is taken for it at the start."""
     drain_seconds: float = 30.0
