@@ -11,14 +11,13 @@
     frozen   20 s   products of frozen int4 layers and their gradient: by the kernel and plainly
 
 Seconds are guesses, compiling included. Weights and adapters are random. `--small` goes the same
-way with a tiny shape on a CPU, by the plain twins, or with TRITON_INTERPRET=1 by the kernels where
-they stand alone. What a section found is in bench/results before the next begins.
+way with a tiny shape on a CPU, by the plain twins; the kernels are tried in tests/kernels there.
+What a section found is in bench/results before the next begins.
 """
 
 import argparse
 import gc
 import json
-import os
 import statistics
 import time
 import traceback
@@ -66,7 +65,10 @@ TINY = ModelShape(
     head_dim=64,
     max_position_embeddings=512,
 )
-SMALL = replace(TINY, vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+SMALL = replace(
+    TINY, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=4,
+)  # fmt: skip
 Figures = dict[str, object]
 
 
@@ -77,12 +79,9 @@ class Place:
         self.small = small
         self.device = torch.device("cpu" if small else "cuda")
         self.shape = TINY if small else CATALOG["XVERSE-7B"]
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self.kernels = not small or interpreted
-        # Triton's interpreter knows no products of bf16.
-        self.dtype = torch.float16 if small and interpreted else torch.bfloat16
+        self.dtype = torch.bfloat16
         if small:  # the runner of a GPU, by the plain twins
-            DeviceRunner.why_not = staticmethod(lambda decoder, kv: "")  # type: ignore[method-assign, assignment]
+            setattr(DeviceRunner, "why_not", lambda decoder, kv: "")  # noqa: B010 - for mypy
 
     @property
     def layers(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -96,10 +95,6 @@ class Place:
         }
 
     def adding(self) -> Callable[..., None]:
-        if self.small and self.kernels:
-            from xverse.kernels import adapt_triton
-
-            return adapt_triton.add_adapters
         call: Callable[..., None] = dispatch.add_adapters(self.device, self.dtype).call
         return call
 
