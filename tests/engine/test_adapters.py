@@ -418,3 +418,12 @@ def test_the_longest_unused_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     slots.seat([a, b, dora])  # nobody who is needed gives way
     assert [slots.of(one) for one in (a, b, dora)] == [None, 0, 1]
     assert 0 < slots.nbytes < 2**20
+
+
+def test_slots_that_no_memory_is_left_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("xverse.engine.adapters.AdapterSlots", none_left)
+    with pytest.raises(XverseError, match=r"(?s)2 adapters of rank 32.*Lower adapter_slots"):
+        overlapping(monkeypatch, adapter_slots=2)

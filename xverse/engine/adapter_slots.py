@@ -6,12 +6,14 @@ and go between steps, and what is captured stays.
 
 from collections.abc import Iterable
 
+import numpy
 import torch
 from torch import Tensor
 
 from xverse.checkpoint.adapter import linear_sizes
 from xverse.engine.adapted import LAYERS, Adapted, AddInSlots, Change, Loaded
 from xverse.engine.residual import ManyRows, Matrix, Products, matrix, products
+from xverse.engine.transfer import upload
 from xverse.kernels import dispatch
 from xverse.kernels.reference_adapt import JOINED, RANKS, Slots, empty_slots
 from xverse.log import warn_once
@@ -22,11 +24,11 @@ NOBODY = -1  # the slot of rows without an adapter
 
 class AdapterSlots:
     """`count` adapters of at most `rank`, in memory that is taken here: for each output and input
-    of a layer, count * rank numbers. Who is here too long unused gives way to who is needed."""
+    of a layer, count * rank numbers. Whoever was not needed for longest gives way to who is."""
 
     def __init__(self, twin: Decoder, count: int, rank: int) -> None:
         """Empty slots for the layers of a decoder's twin (`adapted`)."""
-        self.twin, self.rank = twin, -(-rank // RANKS) * RANKS
+        self.rank = -(-rank // RANKS) * RANKS
         device, dtype = twin.device, twin.dtype
         places = {
             name: module
@@ -74,7 +76,7 @@ class AdapterSlots:
             free = next((s for s in self._used if self._owners[s] not in wanted), None)
             if free is None:
                 warn_once(
-                    f"{len(wanted)} adapters meet in a step and have {len(self._owners)} slots; "
+                    f"more adapters meet in a step than the {len(self._owners)} that have a slot; "
                     "the others are computed without CUDA graphs, and slower. Raise adapter_slots."
                 )
                 return
@@ -133,7 +135,7 @@ class AdapterSlots:
             ranks.append([*own, *[0] * (JOINED - len(own))])
             if change is not None:
                 _fill(slots, slot, change)
-        self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32).to(self._ranks.device)
+        self._ranks[:, slot] = upload(ranks, self._ranks.device, numpy.int32)
 
 
 def _fill(slots: Slots, slot: int, change: Change) -> None:

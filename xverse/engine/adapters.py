@@ -15,6 +15,8 @@ from torch import Tensor
 from xverse.checkpoint.adapter import Adapter
 from xverse.engine.adapted import Groups, Loaded, adapted, changes_of
 from xverse.engine.adapter_slots import NOBODY, AdapterSlots
+from xverse.engine.memory import out_of_memory
+from xverse.engine.transfer import upload
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
 
@@ -32,9 +34,20 @@ class Adapters:
         self.slots: AdapterSlots | None = None
 
     def take_slots(self, count: int, rank: int) -> None:
-        """Have slots from now on, for a runner whose steps are captured; once for all."""
-        if count and self.slots is None:
+        """Have slots from now on, for a runner whose steps are captured; once for all. XverseError
+        where the memory is not there."""
+        if not count or self.slots is not None:
+            return
+        try:
             self.slots = AdapterSlots(self._twin, count, rank)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise XverseError(
+                f"There is no memory for {count} adapters of rank {rank} in captured steps.",
+                str(error).splitlines()[0],
+                "Lower adapter_slots or adapter_rank; adapter_slots 0 does without, slower.",
+            ) from error
 
     @property
     def names(self) -> list[str]:
@@ -124,10 +137,7 @@ class Adapters:
         slots = {owner: NOBODY if slot is None else slot for owner, slot in by_owner.items()}
         if all(slot == NOBODY for slot in slots.values()):
             return None
-        rows = numpy.array([slots[owner] for owner in owners], numpy.int32)
-        here = torch.from_numpy(rows)
-        device = self._twin.device
-        return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+        return upload([slots[owner] for owner in owners], self._twin.device, numpy.int32)
 
     def _require(self, name: str) -> Loaded:
         if name not in self._known:

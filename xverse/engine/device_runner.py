@@ -28,14 +28,13 @@ from xverse.engine.runner import (
     choose,
     choosing,
     choosing_rows,
-    fetch,
     owners_of,
     score,
-    upload,
 )
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
+from xverse.engine.transfer import fetch, upload
 from xverse.log import warn_once
 from xverse.model.decoder import Decoder
 

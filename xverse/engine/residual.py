@@ -178,7 +178,7 @@ def _linear(x_TD: Tensor, weight_ND: Matrix, bias_N: Tensor | None) -> Tensor:
     return functional.linear(x_TD, weight_ND, bias_N)
 
 
-def products(decoder: Decoder, rows: int) -> "FewRows | ManyRows":
+def products(decoder: Decoder, rows: int) -> FewRows | ManyRows:
     """The products of steps of so many rows."""
     device, dtype = decoder.device, decoder.dtype
     schemes = {m.scheme for m in decoder.modules() if isinstance(m, QuantizedLinear)}
