@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -115,17 +115,29 @@ class Place:
             times.append(1e6 * (time.perf_counter() - start) / each)
         return round(statistics.median(times[1:]), 2)
 
-    def engine(self, decoder: Decoder, *, running: int, adapters: int, **more: int) -> Engine:
+    def engine(
+        self, decoder: Decoder, *, running: int, adapters: int, slots: int | None = None
+    ) -> Engine:
         """With adapters 0, 1, ... loaded."""
         told = EngineOptions(
             kv_tokens=running * 512, max_running=running, max_adapters=adapters,
-            adapter_bytes=2**33, adapter_rank=RANK, **more,
+            adapter_bytes=2**33, adapter_rank=RANK, adapter_slots=slots,
         )  # fmt: skip
         made = Engine(decoder, options=told)
         assert isinstance(made.runner, DeviceRunner)
         for number in range(adapters):
             made.load_adapter(str(number), adapter_of(decoder.shape, number))
         return made
+
+    def peak_MiB(self, run: Callable[[], object]) -> float:
+        """The most memory that a run takes beside what is taken already; 0 on a CPU."""
+        if self.small:
+            run()
+            return 0.0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
     def clear(self) -> None:
         gc.collect()
@@ -177,7 +189,7 @@ def answers(place: Place) -> Figures:
     dtype = torch.float32 if place.small else torch.bfloat16
     decoder = fuse(random_decoder(shape, dtype=dtype, device=place.device, std=0.08))
     fast = place.engine(decoder, running=32, adapters=MOST)
-    slow = place.engine(decoder, running=32, adapters=MOST, adapter_slots=0)
+    slow = place.engine(decoder, running=32, adapters=MOST, slots=0)
     tokens = 6 if place.small else 32
     asked = make_requests(9 if place.small else 27, (5, 70), (tokens, tokens), vocabulary=300)
     asked = [named(request, number % 9 - 1) for number, request in enumerate(asked)]
@@ -232,7 +244,7 @@ def decode(place: Place) -> Figures:
         found["slots_GiB"] = None if slots is None else round(slots.nbytes / 2**30, 3)
         del engine, slots
         place.clear()
-        engine = place.engine(decoder, running=rows, adapters=1, adapter_slots=0)
+        engine = place.engine(decoder, running=rows, adapters=1, slots=0)
         speeds["one, without slots"] = decoding(engine, rows, 1, place)
         del engine
         place.clear()
@@ -287,39 +299,41 @@ def frozen(place: Place) -> Figures:
         dtype, tokens = torch.bfloat16, 16 if place.small else 2048
         weight_ND = 0.02 * torch.randn(outputs[0], inputs, device=place.device)
         layer = QuantizedLinear.of(Linear.of(weight_ND.to(dtype), None), Scheme(4, 64))
-        x_TD = torch.randn(tokens, inputs, device=place.device, dtype=dtype, requires_grad=True)
+        x_TD = torch.randn(tokens, inputs, device=place.device, dtype=dtype)
         upstream = torch.randn(tokens, outputs[0], device=place.device, dtype=dtype)
         exact_ND = layer.dequantized().double()
-        wanted = (x_TD.double() @ exact_ND.T).detach(), upstream.double() @ exact_ND
+        wanted = x_TD.double() @ exact_ND.T, upstream.double() @ exact_ND
         for way, widen in (("kernel", kernel), ("plain", plainly)):
             dispatch_quantized.widen = widen  # type: ignore[assignment]
-            x_TD.grad = None
-            if not place.small:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            y_TN = layer(x_TD)
-            y_TN.backward(upstream)
-            assert x_TD.grad is not None
+            learn = partial(forward_and_back, layer, x_TD, upstream)
             errors = [
                 float((ours - exact).norm() / exact.norm())
-                for ours, exact in zip((y_TN.detach(), x_TD.grad), wanted, strict=True)
+                for ours, exact in zip(learn(), wanted, strict=True)
             ]
             assert max(errors) < 1e-2, errors
-            peak = 0 if place.small else torch.cuda.max_memory_allocated() - before
             times = []
             for _ in range(1 if place.small else 9):
                 place.wait()
                 start = time.perf_counter()
-                layer(x_TD).backward(upstream)
+                learn()
                 place.wait()
                 times.append(1000 * (time.perf_counter() - start))
             found[f"{name}, {way}"] = {
                 "ms": round(statistics.median(times), 3),
-                "peak_MiB": round(peak / 2**20, 1),
+                "peak_MiB": place.peak_MiB(learn),
                 "errors": [f"{error:.1e}" for error in errors],
             }
         dispatch_quantized.widen = kernel
     return found
+
+
+def forward_and_back(
+    layer: QuantizedLinear, x_TD: Tensor, upstream_TN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y, and the gradient by x."""
+    x = x_TD.detach().requires_grad_()
+    y_TN = layer(x)
+    return y_TN.detach(), torch.autograd.grad(y_TN, x, upstream_TN)[0]
 
 
 # ---------------------------------------------------------------------------------------- parts

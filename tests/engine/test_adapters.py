@@ -427,3 +427,50 @@ def test_slots_that_no_memory_is_left_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("xverse.engine.adapters.AdapterSlots", none_left)
     with pytest.raises(XverseError, match=r"(?s)2 adapters of rank 32.*Lower adapter_slots"):
         overlapping(monkeypatch, adapter_slots=2)
+
+
+def test_of_a_mixture_captured_steps_have_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is beside the experts is a part of their kernel: who changes it goes another way."""
+    monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+    config = CONFIG | {"model_type": "xverse", "num_key_value_heads": 4, "num_experts": 4}
+    shape = ModelShape.from_config(config | {"moe_top_k": 2, "num_shared_experts": 1})
+    decoder = initialize(Decoder(shape), std=0.3).requires_grad_(False)
+    everything = random_adapter(shape, seed=7).weights
+    kinds = {
+        kind: Adapter({name: change for name, change in everything.items() if kind in name})
+        for kind in ("self_attn", "shared_experts")
+    }
+    expected = [
+        list(plain_choice((1, 2, 3), greedy(6), merge(deepcopy(decoder), adapter)))
+        for adapter in kinds.values()
+    ]
+    it = Engine(fuse(decoder), options=EngineOptions(kv_tokens=200, max_adapters=2))
+    for name, adapter in kinds.items():
+        it.load_adapter(name, adapter)
+        it.add(Request((1, 2, 3), greedy(6), adapter=name))
+    assert [*finish(it).values()] == expected
+    slots = it.adapters.slots
+    assert slots is not None
+    assert [slots.of(it.adapters.hold(name)) for name in kinds] == [0, None]
+    assert "shared_experts.down_proj, which is a part of a larger kernel" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_captured_steps_over_quantized_weights(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ModelShape.from_config(CONFIG | {"intermediate_size": 64})  # as their kernels want it
+    decoder = initialize(Decoder(shape), std=0.3).requires_grad_(False)
+    decoder = fuse(quantize(decoder, bits))
+    found = []
+    for how in ("plain", "captured"):
+        if how == "captured":
+            monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+        it = Engine(decoder, options=EngineOptions(kv_tokens=400, max_adapters=2))
+        it.load_adapter("a", random_adapter(shape, seed=1))
+        it.load_adapter("dora", random_adapter(shape, seed=3, dora=True))
+        for name in (None, "a", "dora"):
+            it.add(Request((1, 2, 3, 4), greedy(8), adapter=name))
+        found.append(list(finish(it).values()))
+    assert found[0] == found[1]
+    assert len({tuple(ids) for ids in found[0]}) == 3

@@ -201,7 +201,11 @@ class DeviceRunner:
         """Slot, position and id (UNKNOWN: the slot's latest) of each decoding row, and the slot of
         its adapter where any has one; [3, B] or [4, B] int32."""
         some = [chunk.generation for chunk in chunks]
-        rows = [[g.slot for g in some], [g.held for g in some], [g.ids[g.held] for g in some]]
+        rows: list[list[int | None]] = [
+            [g.slot for g in some],
+            [g.held for g in some],
+            [g.ids[g.held] for g in some],
+        ]
         if any(generation.adapter for generation in some):
             rows.append([self._adapter_slot(generation) for generation in some])
         return self._upload(rows, numpy.int32)
