@@ -52,8 +52,7 @@ def test_widened_by_the_kernel(scheme: str, rows: int, monkeypatch: pytest.Monke
         return Choice("", "", "", dequantize_triton.dequantize)
 
     monkeypatch.setattr(dispatch_quantized, "widen", widen)
-    for most in ("NUMBERS", "SUMMED_NUMBERS"):
-        monkeypatch.setattr(gradient, most, 64 * rows)
+    monkeypatch.setattr(gradient, "WIDENED_NUMBERS", 64 * rows)
     for ours, plain in zip(learned(layer), expected, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     assert asked

@@ -6,6 +6,7 @@ come along and how long they are, and not what they say.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy
@@ -29,12 +30,14 @@ from xverse.engine.runner import (
     choosing,
     choosing_rows,
     owners_of,
+    reading_rows,
     score,
 )
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
 from xverse.engine.transfer import fetch, upload
+from xverse.kernels.dispatch_quantized import WHOLE_ROWS
 from xverse.log import warn_once
 from xverse.model.decoder import Decoder
 
@@ -95,11 +98,10 @@ class DeviceRunner:
         prompts = [chunk for chunk in chunks if not (chunk.draft or self._decodes(chunk))]
         others, found = [*guessing, *prompts], []
         if others:
-            with decoder_for(self.decoder, self.adapters, owners_of(others)) as decoder:
-                hidden_TD = self.prompts(self._prompts(others), decoder)
-            flight.labels = score(self.decoder, self.kv, others, hidden_TD)
+            hidden_RD = self._prompts_hidden(others)
+            flight.labels = score(self.decoder, self.kv, others, hidden_RD)
             if rows := choosing_rows(others):
-                found.append(self.decoder.logits(hidden_TD[self._upload(rows)]))
+                found.append(self.decoder.logits(hidden_RD[self._upload(rows)]))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
         if not found:
@@ -113,6 +115,17 @@ class DeviceRunner:
             self._follow(flight, guessing, logits_BV[:guessed])
         return flight
 
+    def _prompts_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [R, D] of the rows that are read."""
+        prompts, owners, read = self._prompts(chunks), owners_of(chunks), reading_rows(chunks)
+        rows_R = self._upload(read)
+        if owners:  # which say of every row in every layer whose it is
+            with decoder_for(self.decoder, self.adapters, owners) as decoder:
+                return self.prompts(prompts, decoder)[rows_R]
+        if len(read) < len(prompts.ids_T):
+            prompts = replace(prompts, rows_R=rows_R)
+        return self.prompts(prompts, self.decoder)
+
     def prepare(self) -> None:
         """Capture the steps of all sizes."""
         with torch.inference_mode():
@@ -122,7 +135,11 @@ class DeviceRunner:
                     self.steps.prepare(size, adapted=True)
 
     def rehearse(self, step_tokens: int) -> int:
-        """Run the largest steps on the spare page; the most bytes they took beside what stays."""
+        """Run the largest steps on the spare page; the most bytes they took beside what stays.
+
+        Quantized weights are widened whole for prompts of up to WHOLE_ROWS tokens, and part by part
+        for longer ones, which may therefore take less memory: both are tried.
+        """
         device, context = self.kv.device, self.decoder.shape.context_length
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -131,15 +148,15 @@ class DeviceRunner:
         )
         for slot in range(self.slots):
             self.sampler.enter(slot, Sampler(everything.over({})), [0], [])
-        counts = [min(context, step_tokens - start) for start in range(0, step_tokens, context)]
         with torch.inference_mode():
-            rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
-            hidden_TD = self.prompts(rows, self.decoder)
-            del hidden_TD
-            if self.adapters is not None:
-                with self.adapters.over(()) as twin:
-                    hidden_TD = self.prompts(rows, twin)
+            for tokens in {step_tokens, min(step_tokens, WHOLE_ROWS)}:
+                counts = [min(context, tokens - start) for start in range(0, tokens, context)]
+                rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
+                hidden_TD = self.prompts(rows, self.decoder)
                 del hidden_TD
+                if self.adapters is not None:
+                    with self.adapters.over(()) as twin:
+                        self.prompts(rows, twin)
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
             if self.steps.adapters is not None:

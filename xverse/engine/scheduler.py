@@ -112,6 +112,18 @@ class Chunk:
         """Whether a token is chosen after it; of prompts that are only scored, none is."""
         return self.complete and self.generation.sampler is not None
 
+    @property
+    def read(self) -> int:
+        """Of how many of its rows, the last ones, anybody reads what the decoder says of them."""
+        generation = self.generation
+        held, request = generation.held, generation.request
+        first = self.rows
+        if self.complete and (request.labels or generation.sampler is not None):
+            first = self.count - 1
+        if generation.unscored < min(held + self.count + 1, len(request.ids)):
+            first = min(first, generation.unscored - 1 - held)
+        return self.rows - first
+
 
 @dataclass
 class Scheduler:

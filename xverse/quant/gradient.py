@@ -17,10 +17,10 @@ from xverse.kernels.reference_few_bits import FewBits
 if TYPE_CHECKING:
     from xverse.quant.linear import QuantizedLinear
 
-NUMBERS = 2**24  # of a weight that are floating point at a time: 32 MiB in bf16
-# In the backward pass parts must be added in fp32; where widening takes no other memory, 128 MiB
-# hold any layer of 7B whole.
-SUMMED_NUMBERS = 2**26
+NUMBERS = 2**24  # of a weight that are floating point at a time, 32 MiB in bf16: by PyTorch
+# By the kernel, which takes no more memory than they. 128 MiB hold any layer of 7B whole: fewer
+# launches, and nothing to add in the backward pass, whose parts are sums.
+WIDENED_NUMBERS = 2**26
 
 
 def multiply(layer: "QuantizedLinear", x_TD: Tensor, expert: int | None) -> Tensor:
@@ -35,7 +35,7 @@ def multiply(layer: "QuantizedLinear", x_TD: Tensor, expert: int | None) -> Tens
 def rows_of(layer: "QuantizedLinear", expert: int | None) -> Iterator[tuple[slice, Tensor]]:
     """The weight in its scale's dtype, some rows [n, D] at a time, and which ones they are; each
     part is gone when the next one comes."""
-    yield from _widened(layer.few_bits(expert), layer.scale.dtype, NUMBERS)
+    yield from _widened(layer.few_bits(expert), layer.scale.dtype)
 
 
 @torch.library.custom_op("xverse::multiply_frozen", mutates_args=())
@@ -43,7 +43,7 @@ def multiply_frozen(x_TD: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | 
     """x @ w.T, [..., D] -> [..., N], of the weight that `FewBits` makes of the other three."""
     flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
     y_TN = x_TD.new_empty(len(flat_TD), len(weight))
-    for rows, wide_ND in _widened(FewBits(weight, scale, zero), x_TD.dtype, NUMBERS):
+    for rows, wide_ND in _widened(FewBits(weight, scale, zero), x_TD.dtype):
         torch.mm(flat_TD, wide_ND.T, out=y_TN[:, rows])
     return y_TN.view(*x_TD.shape[:-1], -1)
 
@@ -54,11 +54,9 @@ def multiply_frozen_back(
 ) -> Tensor:
     """The gradient of `multiply_frozen` by x, [..., N] -> [..., D]."""
     steps, dtype = FewBits(weight, scale, zero), upstream_TN.dtype
-    widen = dispatch_quantized.widen(weight.device, dtype, steps.form.kind).call
-    most = NUMBERS if widen is reference_steps.widen else SUMMED_NUMBERS
     flat_TN = upstream_TN.reshape(-1, upstream_TN.shape[-1])
     sums_TD: Tensor | None = None
-    for rows, wide_ND in _widened(steps, dtype, most):
+    for rows, wide_ND in _widened(steps, dtype):
         part_TD = flat_TN[:, rows] @ wide_ND
         # Parts of a sum are added in fp32, as one product would add them.
         sums_TD = part_TD if sums_TD is None else sums_TD.float() + part_TD
@@ -66,9 +64,10 @@ def multiply_frozen_back(
     return sums_TD.to(dtype).view(*upstream_TN.shape[:-1], -1)
 
 
-def _widened(steps: FewBits, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in this dtype, at most so many numbers at a time, in the same memory."""
+def _widened(steps: FewBits, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in this dtype, some rows at a time, in the same memory, and which ones."""
     widen = dispatch_quantized.widen(steps.weight.device, dtype, steps.form.kind).call
+    most = NUMBERS if widen is reference_steps.widen else WIDENED_NUMBERS
     count, columns = len(steps.weight), steps.inputs
     step = min(count, max(1, most // columns))
     wide_ND = steps.scale.new_empty(step, columns, dtype=dtype)
