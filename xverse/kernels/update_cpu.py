@@ -20,13 +20,15 @@ def adamw_in_pieces(
     copy: Tensor | None = None,
 ) -> None:
     """`reference_train.adamw` without temporaries as large as the weight. All are contiguous."""
-    flat = [part.view(-1) for part in (weight, gradient.contiguous(), first, second)]
-    copies = None if copy is None else copy.view(-1)
+    weights, firsts, seconds = weight.view(-1), first.view(-1), second.view(-1)
+    gradients, copies = gradient.reshape(-1), None if copy is None else copy.view(-1)
     for begin in range(0, weight.numel(), PIECE):
         here = slice(begin, begin + PIECE)
         placed = rule._replace(start=rule.start + begin)
         copy_ = None if copies is None else copies[here]
-        reference_train.adamw(*(part[here] for part in flat), placed, copy_)
+        reference_train.adamw(
+            weights[here], gradients[here], firsts[here], seconds[here], placed, copy_
+        )
 
 
 def adamw(

@@ -42,8 +42,8 @@ class Layout:
         if name in self.sizes:
             size, dims = self.sizes[name], self._cuts(name)
         elif isinstance(given, DTensor):  # an adapter's, which FSDP2 alone has cut
-            size = given.shape
-            dims = list(zip((("data",), SHARDS), given.placements, strict=True))
+            axes: tuple[tuple[str, ...], ...] = (("data",), SHARDS)
+            size, dims = given.shape, list(zip(axes, given.placements, strict=True))
         else:
             return local
         if not dims or self.grid.ranks.size == 1:

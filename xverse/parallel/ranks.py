@@ -39,7 +39,8 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         if size == 1:
             with loopback():
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
         return cls(dist.get_rank(), size, place, grouped=True)

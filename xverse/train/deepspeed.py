@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from xverse.config import nearest
 from xverse.errors import XverseError
+from xverse.train.options import Offload
 
 AUTO = "auto"
 NO_EFFECT = "nothing: FSDP2 chooses this itself, and results are equal"
@@ -42,7 +43,7 @@ class Mapped:
     """Copies of the model; each is spread over ranks / data devices."""
     reshard: bool
     """Whether gathered weights are given back after each block's forward pass."""
-    offload: Literal["none", "optimizer", "parameters"]
+    offload: Offload
     pinned: bool
     """Whether what is offloaded is in memory that is locked."""
     rows: tuple[Row, ...]
@@ -136,7 +137,7 @@ def _pinned(zero: Mapping[str, object]) -> bool:
     return found[:1] != [False]
 
 
-def _offloaded(zero: Mapping[str, object]) -> Literal["none", "optimizer", "parameters"]:
+def _offloaded(zero: Mapping[str, object]) -> Offload:
     """What the section as a whole moves to the host."""
     moved = {
         key

@@ -7,14 +7,14 @@ from dataclasses import fields, replace
 from xverse.errors import XverseError
 from xverse.model.shape import ModelShape
 from xverse.quant.gradient import NUMBERS
-from xverse.train.options import Training
+from xverse.train.options import Offload, Training
 from xverse.train.predict import SIZES, Memory, memory
 from xverse.train.tuning import Lora
 
 CARDS = (24, 48, 80)  # GB: what consumer cards, workstation cards and an H100 have
 ROOM = 0.94  # of a card's memory; the rest is the driver's and what allocation loses
 METHODS = ("full", "lora", "qlora int8", "qlora int4")
-OFFLOADED = {
+OFFLOADED: dict[Offload, str] = {
     "none": "",
     "optimizer": ", optimizer offloaded",
     "parameters": ", parameters offloaded",

@@ -106,7 +106,13 @@ class Lane:
 
 def _pieces(loads: Iterable[Load]) -> Iterator[Load]:
     for load in loads:
-        *tensors, rule = load
         for begin in range(0, load.weight.numel(), PIECE):
-            parts = (tensor[begin : begin + PIECE] for tensor in tensors)
-            yield Load(*parts, rule._replace(start=begin))
+            here = slice(begin, begin + PIECE)
+            yield Load(
+                gradient=load.gradient[here],
+                model=load.model[here],
+                weight=load.weight[here],
+                first=load.first[here],
+                second=load.second[here],
+                rule=load.rule._replace(start=begin),
+            )

@@ -139,8 +139,14 @@ class Optimizer:
             if gradient is None:
                 continue
             assert slot.second is not None, "Muon is not offloaded"
-            parts = (gradient, slot.parameter.detach(), slot.weight, slot.first, slot.second)
-            yield Load(*map(_flat, parts), self._rule(index, number, rate, scale))
+            yield Load(
+                gradient=_flat(gradient),
+                model=_flat(slot.parameter.detach()),
+                weight=_flat(slot.weight),
+                first=_flat(slot.first),
+                second=_flat(slot.second),
+                rule=self._rule(index, number, rate, scale),
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be kept of weights and optimizer, by name; views, not copies."""

@@ -7,6 +7,8 @@ from typing import Literal
 from xverse.errors import XverseError
 from xverse.parallel.axes import Axes
 
+Offload = Literal["none", "optimizer", "parameters"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Updating:
@@ -55,7 +57,7 @@ class Computing:
     """Factor of the loss that spreads tokens over experts; dense models have none."""
     reshard: bool = True
     """Give back gathered weights after a block, and gather them again for its backward pass."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Offload = "none"
     """What stays in the host's memory, and is updated there: masters and moments, or with
     `parameters` the weights and their gradients too, which come to the device block by block."""
     pin_memory: bool = True
