@@ -181,7 +181,8 @@ def open_peer(llm: LLM) -> Any:
         pad_token=llm.tokenizer.eos_token,
     )
     model = llama_of(llm.decoder.shape, llm.decoder)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=llm.context)
+    # Two rows of 2,048 tokens have 1.6 GB of logits in its way, and each step copies them.
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=llm.context)
 
 
 def data() -> Path:

@@ -282,17 +282,20 @@ def rows(place: Place) -> Figures:
             weights = [random_steps(kind, group, outputs, inputs, place) for _ in COPIES]
             for count in counts:
                 x = torch.randn(count, inputs, device=place.device, dtype=place.dtype)
-                registers, once = (
+                whole = dequantize_triton.MOST_NUMBERS
+                registers, parts, once = (
                     [partial(multiply, x, steps) for steps in weights]
                     for multiply in (
                         multiply_steps_triton.multiply_steps,
                         dequantize_triton.multiply_widened,
+                        partial(dequantize_triton.multiply_widened, numbers=whole),
                     )
                 )
                 ways: dict[str, Sequence[Callable[[], object]]] = {
                     "bf16": [partial(functional.linear, x, weight) for weight in plain],
                     "in registers": registers,
-                    "widened once": once,
+                    "widened in parts": parts,
+                    "widened whole": once,
                 }
                 if kind == "fp8" and not place.small:
                     rounded = reference_steps.round_rows(x)

@@ -22,7 +22,7 @@ from xverse.engine.engine import Engine, Output
 from xverse.engine.grammar import Grammar, Kind
 from xverse.engine.grammar_compile import Ask, Grammars
 from xverse.engine.grammar_process import Vocabulary
-from xverse.engine.grammar_state import Compiled, Threads
+from xverse.engine.grammar_state import PATIENCE, Compiled, Job, Threads
 from xverse.engine.options import EngineOptions
 from xverse.engine.request import Failed, Request, Sampling, Token
 from xverse.errors import XverseError
@@ -239,6 +239,21 @@ def test_a_grammar_too_slow_to_decode_fails_alone(
     assert isinstance(again, Failed)
     assert time.monotonic() - start < 5
     release.set()
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+def test_a_busy_machine_is_no_fault_of_the_grammar() -> None:
+    job = Job(lambda: None)
+    assert not job.too_long(1.0)  # nobody has begun
+    job.run()
+    assert not job.too_long(1.0)
+    job.started -= PATIENCE * 0.9  # it was not given the CPU for that long
+    assert not job.too_long(1.0)
+    job.cpu_started -= 1.1
+    assert job.too_long(1.0)
+    job.cpu_started += 1.1
+    job.started -= PATIENCE * 0.2
+    assert job.too_long(1.0)
 
 
 def test_stuck_jobs_are_left_and_errors_are_passed_on() -> None:

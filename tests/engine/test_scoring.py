@@ -1,6 +1,7 @@
 """Log-probabilities, of answers and of given texts; several answers; options inside a batch."""
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -209,3 +210,27 @@ def test_best_ids_beside_scores_tell_what_is_greedy() -> None:
 def test_labels_that_are_no_ids_are_refused() -> None:
     with pytest.raises(XverseError, match="does not know"):
         engine().add(Request((1, 2), None, labels=(VOCAB,)))
+
+
+def test_only_what_is_read_goes_through_the_last_layer() -> None:
+    """Rows of the last feed-forward: a prompt's last one, all that are scored, or from a label."""
+    decoder = deepcopy(tiny_decoder())
+    options = EngineOptions(kv_tokens=200, page_size=4, step_tokens=16, share_prefixes=False)
+    it = Engine(decoder, options=options)
+    seen: list[int] = []
+    last = decoder.model.layers[-1].mlp
+    assert isinstance(last, torch.nn.Module)
+    last.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    prompt = tuple(range(5, 35))
+    scored = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=0).over({})
+    for request, rows in (
+        (Request(prompt, greedy(3)), [0, 1, 1, 1]),
+        (Request(prompt, None, labels=(7, 8)), [0, 1]),
+        (Request(prompt, None, score_from=20), [0, 11]),
+        (Request(prompt, scored, score_from=1), [16, 14]),
+    ):
+        seen.clear()
+        it.add(request)
+        while it.busy:
+            it.step()
+        assert seen == rows

@@ -108,22 +108,24 @@ def test_products_widened_part_by_part(
 ) -> None:
     from xverse.kernels import dequantize_triton
 
-    monkeypatch.setattr(dequantize_triton, "NUMBERS", 128 * 192)
     monkeypatch.setattr(dequantize_triton, "AT_ONCE", 16)
     steps = weight_of(kind, group, 300, 192, zero=zero, dtype=torch.float32)
     x = seeded(41, 192)
-    fast = dequantize_triton.multiply_widened(x, steps)
-    assert fast.shape == (41, 300)
-    assert close(fast, reference_steps.multiply_steps(x, steps))
+    for numbers in (128 * 192, dequantize_triton.MOST_NUMBERS):
+        fast = dequantize_triton.multiply_widened(x, steps, numbers)
+        assert fast.shape == (41, 300)
+        assert close(fast, reference_steps.multiply_steps(x, steps))
 
 
 @interpreted
 def test_parts_of_a_weight_fit_in_the_cache() -> None:
     from xverse.kernels import dequantize_triton
 
+    numbers = dequantize_triton.NUMBERS
     for outputs, inputs in ((22016, 4096), (12288, 4096), (4096, 11008), (100534, 4096), (5, 8)):
-        at_once = dequantize_triton.rows_at_once(outputs, inputs)
-        assert at_once * inputs <= dequantize_triton.NUMBERS + 128 * inputs
+        assert dequantize_triton.rows_at_once(outputs, inputs, 2**40) >= outputs
+        at_once = dequantize_triton.rows_at_once(outputs, inputs, numbers)
+        assert at_once * inputs <= numbers + 128 * inputs
         assert at_once == outputs or at_once % 128 == 0
         parts = -(-outputs // at_once)
         assert outputs - (parts - 1) * at_once >= at_once - 128 * parts  # about one size
@@ -195,7 +197,8 @@ def test_the_number_of_rows_chooses(gpu: pytest.MonkeyPatch) -> None:
     int4, fp8 = Form("int4", 128, 4096, 4096), Form("fp8", 0, 4096, 4096)
     few, many = dispatch_quantized.TILE_ROWS, dispatch_quantized.ROWS_APART
     assert "widened in registers" in chosen(few, int4)
-    assert "then cuBLAS" in chosen(many, int4)
+    assert "widened whole, then cuBLAS" in chosen(few + 1, int4)
+    assert "part by part, then cuBLAS" in chosen(many, int4)
     assert "widened in registers" in chosen(multiply_rounded.LEAST_ROWS - 1, fp8)
     assert "in 8 bits" in chosen(many, fp8)
 

@@ -200,3 +200,21 @@ def test_rows_choose_which_logits_are_computed() -> None:
     rows = torch.tensor([8, 2])
     chosen = decoder(ids, kv.positions(), kv, rows)
     assert torch.allclose(chosen, full(decoder, ids)[rows], atol=1e-6)
+
+
+def test_rows_that_are_read_are_those_of_all() -> None:
+    torch.manual_seed(0)
+    decoder = initialize(Decoder(ModelShape.from_config(FAMILIES["gqa"])), std=0.2)
+    ids = torch.randint(300, (30,))
+    packed = Packed([12, 18])
+    everything = decoder.hidden(ids, packed.positions(), packed)
+    rows = torch.tensor([11, 28, 29])
+    seen = []
+    last = decoder.model.layers[-1].mlp
+    assert isinstance(last, torch.nn.Module)
+    last.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    for some in (rows, rows[:0]):
+        found = decoder.hidden(ids, packed.positions(), packed, some)
+        assert found.shape == (len(some), 64)
+        torch.testing.assert_close(found, everything[some], atol=1e-5, rtol=1e-5)
+    assert seen == [3, 0]  # nothing is computed for the others

@@ -13,7 +13,7 @@ from bench.fuzz_http import Answer
 from bench.fuzz_mutants import Case
 from bench.server_fuzz import aftermath, fuzz, served, write_model
 
-REQUESTS = 1500
+REQUESTS = 800
 
 
 def test_no_request_brings_the_server_down(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Prompts:
     ids, positions [T] int32, places [T] int64 (page * page size + slot of each row); tables [B, P],
     offsets [B + 1] of each chunk's rows, held [B] tokens before it, int32. What the host knows:
     the `longest` chunk's rows, and whether this is one prompt from its beginning, to be attended to
-    as a `whole`.
+    as a `whole`. `rows_R` [R] int64 are those that are read, None where all are.
     """
 
     ids_T: Tensor
@@ -42,6 +42,7 @@ class Prompts:
     held_B: Tensor
     longest: int
     whole: bool
+    rows_R: Tensor | None = None
 
 
 class PromptStep:
@@ -69,9 +70,9 @@ class PromptStep:
         self.cos_SE, self.sin_SE = decoder.rope.tables(capacity, None, dtype)
 
     def __call__(self, prompts: Prompts, decoder: Decoder) -> Tensor:
-        """Normalized hidden states [T, D]; keys and values are in the pages then. `decoder` is the
-        one that this is the step of, or its twin."""
-        stack = decoder.model
+        """Normalized hidden states [R, D] of the rows that are read; keys and values of all are in
+        the pages then. `decoder` is the one that this is the step of, or its twin."""
+        stack, rows_R = decoder.model, prompts.rows_R
         x_TD = stack.embed_tokens(prompts.ids_T)
         delta_TD: Tensor | None = None
         for layer, block in enumerate(stack.layers):
@@ -80,7 +81,12 @@ class PromptStep:
             assert isinstance(attention, FusedAttention)
             norm, project = block.input_layernorm.spec, attention.qkv_proj
             x_TD, normed = self._normed(x_TD, delta_TD, norm, project)
-            delta_TD = self._attention(layer, attention, normed, prompts)
+            mixed_TN = self._attention(layer, attention, normed, prompts)
+            if rows_R is not None and layer == len(stack.layers) - 1:  # no other needs the rest
+                x_TD, mixed_TN = x_TD[rows_R], mixed_TN[rows_R]
+                if not len(rows_R):
+                    return x_TD
+            delta_TD = _in_parts(attention.o_proj, mixed_TN)
             norm = block.post_attention_layernorm.spec
             if isinstance(mlp, FusedFeedForward):
                 x_TD, normed = self._normed(x_TD, delta_TD, norm, mlp.gate_up_proj)
@@ -100,6 +106,7 @@ class PromptStep:
     def _attention(
         self, layer: int, attention: FusedAttention, x_TD: Tensor | RoundedRows, prompts: Prompts
     ) -> Tensor:
+        """What the heads have read, side by side: [T, H * E]."""
         keys, values, scales = self.kv.keys[layer], self.kv.values[layer], self.kv.scales(layer)
         qkv_TN = _in_parts(attention.qkv_proj, x_TD)
         q_THE = self.rotate_store(
@@ -111,12 +118,12 @@ class PromptStep:
             _, k_TKE, v_TKE = heads.split(
                 (attention.heads, attention.kv_heads, attention.kv_heads), 1
             )
-            return _in_parts(attention.o_proj, self.attend_whole(q_THE, k_TKE, v_TKE).flatten(-2))
+            return self.attend_whole(q_THE, k_TKE, v_TKE).flatten(-2)
         mixed_THE = self.attend(
             q_THE, keys, values, prompts.tables_BP, prompts.offsets_B1, prompts.held_B,
             most=prompts.longest, scales=scales,
         )  # fmt: skip
-        return attention.o_proj(mixed_THE.flatten(-2))
+        return mixed_THE.flatten(-2)
 
     def _feedforward(self, mlp: FusedFeedForward, x_TD: Tensor | RoundedRows) -> Tensor:
         joined_TF2 = _in_parts(mlp.gate_up_proj, x_TD)

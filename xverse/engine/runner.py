@@ -7,18 +7,19 @@ sends it to a GPU and returns at once.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy
 import torch
 from torch import Tensor
 
-from xverse.engine.adapters import Adapters, Loaded, decoder_for
+from xverse.engine.adapted import Loaded
+from xverse.engine.adapters import Adapters, decoder_for
 from xverse.engine.packed_step import PackedStep, fits
 from xverse.engine.paged import Paged, Part
 from xverse.engine.request import Top
 from xverse.engine.sampler import Sampler
 from xverse.engine.scheduler import Chunk, Generation
+from xverse.engine.transfer import fetch, upload
 from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
 from xverse.model.decoder import Decoder
@@ -93,30 +94,34 @@ class PlainRunner:
         """Compute the chunks, and add the log-probabilities of prompt tokens to `scores`."""
         decoder, kv = self.decoder, self.kv
         together = _computed_together(kv, chunks)
-        hidden_TD = torch.cat([self._hidden(some) for some in together])
+        hidden_RD = torch.cat([self._hidden(some) for some in together])
         flight = Flight(chunks, [], list)
         if rows := choosing_rows(chunks):
-            logits_BV = _logits(decoder, kv, hidden_TD[torch.tensor(rows, device=kv.device)])
+            logits_BV = _logits(decoder, kv, hidden_RD[torch.tensor(rows, device=kv.device)])
             for generation, found in choose(chunks, logits_BV):
                 flight.add(generation, found)
-        flight.labels = score(decoder, kv, chunks, hidden_TD)
+        flight.labels = score(decoder, kv, chunks, hidden_RD)
         return flight
 
     def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Hidden states [T, D] of the chunks' tokens; their keys and values are in the pages
-        then."""
+        """Hidden states [R, D] of those of the chunks' tokens that are read; keys and values of all
+        are in the pages then."""
         kv, parts, ids = self.kv, list[Part](), list[int]()
         for chunk in chunks:
             generation, held = chunk.generation, chunk.generation.held
             parts.append(_part(chunk, apart=bool(chunk.draft) and kv.device.type == "cpu"))
             ids += [*generation.ids[held : held + chunk.count], *chunk.draft]
-        owners = owners_of(chunks)
+        owners, read = owners_of(chunks), reading_rows(chunks)
+        everything = len(read) == len(ids)
+        read_R = slice(None) if everything else torch.tensor(read, dtype=torch.int64).to(kv.device)
         if kv.fixed_rows is None:
             ids_T, positions_T = torch.tensor(ids, device=kv.device), kv.begin(parts)
             if self.step is not None and kv.alone is not None:
-                return self.step(ids_T, positions_T)
+                return self.step(ids_T, positions_T)[read_R]
+            if not owners and isinstance(read_R, Tensor):
+                return self.decoder.hidden(ids_T, positions_T, kv, read_R)
             with decoder_for(self.decoder, self.adapters, owners) as decoder:
-                return decoder.hidden(ids_T, positions_T, kv)
+                return decoder.hidden(ids_T, positions_T, kv)[read_R]
         rows, found = kv.fixed_rows, []
         tokens = [Part(p.pages, p.held + i, 1, p.prompt) for p in parts for i in range(p.count)]
         for first in range(0, len(ids), rows):
@@ -126,7 +131,7 @@ class PlainRunner:
             positions_T = kv.begin(tokens[first : first + count])
             with decoder_for(self.decoder, self.adapters, owners[first : first + count]) as decoder:
                 found.append(decoder.hidden(some, positions_T, kv)[:count])
-        return torch.cat(found)
+        return torch.cat(found)[read_R]
 
 
 def owners_of(chunks: Sequence[Chunk]) -> list[Loaded | None]:
@@ -136,12 +141,23 @@ def owners_of(chunks: Sequence[Chunk]) -> list[Loaded | None]:
     return [chunk.generation.adapter for chunk in chunks for _ in range(chunk.rows)]
 
 
-def choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
-    """The rows whose logits choose a token: the last of a chunk that is complete, and its draft."""
+def reading_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows of a step that are read at all: the R of T."""
     rows: list[int] = []
     end = 0
     for chunk in chunks:
         end += chunk.rows
+        rows += range(end - chunk.read, end)
+    return rows
+
+
+def choosing_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows, of those that are read, whose logits choose a token: the last of a chunk that is
+    complete, and its draft."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.read
         if chunk.chooses:
             rows += range(end - len(chunk.draft) - 1, end)
     return rows
@@ -239,34 +255,33 @@ def _best(logprobs_TV: Tensor, count: int) -> list[Top]:
 
 
 def score(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_RD: Tensor
 ) -> Callable[[], None]:
     """Add the log-probabilities of prompt tokens whose predecessors were computed now; those of
     the labels after prompts that are complete are added by the function that this gives."""
-    labels = _read_labels(decoder, kv, chunks, hidden_TD)
-    start = 0
-    for chunk in chunks:
+    labels = _read_labels(decoder, kv, chunks, hidden_RD)
+    ends = list(accumulate(chunk.read for chunk in chunks))  # what is scored is not read again
+    for chunk, rows in zip(chunks, ends, strict=True):
         generation, ids = chunk.generation, chunk.generation.request.ids
-        row = start - generation.held  # of the token at position 0
+        row = rows - generation.held - chunk.rows  # of the token at position 0
         end = min(generation.held + chunk.count + 1, len(ids))
         for first in range(generation.unscored, end, SCORED_AT_ONCE):
             stop = min(first + SCORED_AT_ONCE, end)
-            logits_TV = _logits(decoder, kv, hidden_TD[row + first - 1 : row + stop - 1])
+            logits_TV = _logits(decoder, kv, hidden_RD[row + first - 1 : row + stop - 1])
             wanted = torch.tensor(ids[first:stop], device=logits_TV.device)
             logprobs_TV = logits_TV.float().log_softmax(-1)
             generation.scores += logprobs_TV.gather(1, wanted[:, None])[:, 0].tolist()
             if generation.request.best_scored:
                 generation.tops += _best(logprobs_TV, generation.request.best_scored)
-        start += chunk.rows
     return labels
 
 
 def _read_labels(
-    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_TD: Tensor
+    decoder: Decoder, kv: Paged, chunks: Sequence[Chunk], hidden_RD: Tensor
 ) -> Callable[[], None]:
     """Start to read the labels' log-probabilities, many prompts in one product; the function waits
     for them and gives them to their generations."""
-    ends = accumulate(chunk.rows for chunk in chunks)
+    ends = accumulate(chunk.read for chunk in chunks)
     pairs = zip(chunks, ends, strict=True)
     found = [(c.generation, end) for c, end in pairs if c.complete and c.generation.request.labels]
     if not found:
@@ -274,11 +289,11 @@ def _read_labels(
     values = []
     for first in range(0, len(found), SCORED_AT_ONCE):
         some = found[first : first + SCORED_AT_ONCE]
-        rows = upload([end - 1 for _, end in some], hidden_TD.device)
-        logprobs_BV = _logits(decoder, kv, hidden_TD[rows]).float().log_softmax(-1)
+        rows = upload([end - 1 for _, end in some], hidden_RD.device)
+        logprobs_BV = _logits(decoder, kv, hidden_RD[rows]).float().log_softmax(-1)
         labels = [generation.request.labels for generation, _ in some]
         of_row = [row for row, ids in enumerate(labels) for _ in ids]
-        row_N, id_N = upload([of_row, [id for ids in labels for id in ids]], hidden_TD.device)
+        row_N, id_N = upload([of_row, [id for ids in labels for id in ids]], hidden_RD.device)
         values.append(logprobs_BV[row_N, id_N])
     fetched = fetch([torch.cat(values)])
 
@@ -288,30 +303,3 @@ def _read_labels(
             generation.labels = [next(numbers) for _ in generation.request.labels]
 
     return give
-
-
-def upload(numbers: object, device: torch.device, dtype: object = numpy.int64) -> Tensor:
-    """A copy on the device that nobody waits for."""
-    here = torch.from_numpy(numpy.asarray(numbers, dtype))  # type: ignore[call-overload]
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
-
-
-def fetch(parts: Sequence[Tensor | None]) -> Callable[[], list[list[Any] | None]]:
-    """Start to copy tensors to the host; the function waits for them, and gives their numbers."""
-    copies = [None if part is None else _start_copy(part) for part in parts]
-    done = torch.cuda.Event() if any(part is not None and part.is_cuda for part in parts) else None
-    if done is not None:
-        done.record()
-
-    def numbers() -> list[list[Any] | None]:
-        if done is not None:
-            done.synchronize()
-        return [None if copy is None else copy.tolist() for copy in copies]
-
-    return numbers
-
-
-def _start_copy(part: Tensor) -> Tensor:
-    if not part.is_cuda:
-        return part.clone()
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)

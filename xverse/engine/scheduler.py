@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from xverse.engine.adapters import Loaded
+from xverse.engine.adapted import Loaded
 from xverse.engine.pages import Pages, Table
 from xverse.engine.request import Request, Top
 from xverse.engine.sampler import Sampler
@@ -111,6 +111,18 @@ class Chunk:
     def chooses(self) -> bool:
         """Whether a token is chosen after it; of prompts that are only scored, none is."""
         return self.complete and self.generation.sampler is not None
+
+    @property
+    def read(self) -> int:
+        """Of how many of its rows, the last ones, anybody reads what the decoder says of them."""
+        generation = self.generation
+        held, request = generation.held, generation.request
+        first = self.rows
+        if self.complete and (request.labels or generation.sampler is not None):
+            first = self.count - 1
+        if generation.unscored < min(held + self.count + 1, len(request.ids)):
+            first = min(first, generation.unscored - 1 - held)
+        return self.rows - first
 
 
 @dataclass

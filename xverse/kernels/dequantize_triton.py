@@ -1,8 +1,9 @@
 """STEPS -> NUMBERS -> PRODUCTS. Quantized weights widened into memory that many rows multiply.
 
-Some rows of a weight at a time become bf16 in one pass, small enough to stay in the second-level
-cache until cuBLAS has read them. For thousands of tokens that costs a few hundredths of their
-products; see `multiply_steps_triton` for fewer.
+For thousands of tokens, some rows of a weight at a time become bf16 in one pass, small enough to
+stay in the second-level cache until cuBLAS has read them: that costs a few hundredths of the
+products. For hundreds, whose products are done before the host has launched the next, it is all
+rows of a weight at once. See `multiply_steps_triton` for fewer.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from xverse.kernels.reference_few_bits import FewBits
 
 NUMBERS = 2**24  # widened at a time: 32 MiB, of the 50 to 60 that the cache of an H100 or H200 has
+MOST_NUMBERS = 2**27  # for few rows: 256 MiB, of which the widest weight of 7B takes 172
 AT_ONCE = 4096  # rows of x; 8,191 tokens of 7B in bf16 take an H200 175 ms so, and 188 in one piece
 EVEN = 128  # outputs are computed in multiples of it
 
@@ -91,8 +93,10 @@ def dequantize(steps: FewBits, out_ND: Tensor | None = None) -> Tensor:
     return out_ND
 
 
-def multiply_widened(x_TD: Tensor, steps: FewBits) -> Tensor:
+def multiply_widened(x_TD: Tensor, steps: FewBits, numbers: int = NUMBERS) -> Tensor:
     """x @ w.T, [T, N] in x's dtype, of any number of rows. Twin: `reference_steps.multiply_steps`.
+
+    `numbers` of the weight are widened at a time, or a few more.
 
     Weights are rounded to x's dtype, scales taken in. The memory that they are widened into comes
     from PyTorch's allocator, which gives every layer the same and counts it; no layer keeps it.
@@ -101,7 +105,7 @@ def multiply_widened(x_TD: Tensor, steps: FewBits) -> Tensor:
     odd = outputs % 8  # as a vocabulary is: cuBLAS is a third as fast where rows begin off 16 bytes
     y_TN = x_TD.new_empty(tokens, triton.cdiv(outputs, EVEN) * EVEN if odd else outputs)
     y_TN = y_TN[:, :outputs]
-    at_once = rows_at_once(outputs, inputs)
+    at_once = rows_at_once(outputs, inputs, numbers)
     wide = x_TD.new_empty(at_once, inputs)
     for first in range(0, outputs, at_once):
         last = min(outputs, first + at_once)
@@ -112,8 +116,8 @@ def multiply_widened(x_TD: Tensor, steps: FewBits) -> Tensor:
     return y_TN.contiguous()
 
 
-def rows_at_once(outputs: int, inputs: int) -> int:
-    """Rows of a weight that are widened together: parts of about one size, within NUMBERS."""
-    most = max(EVEN, NUMBERS // inputs)
+def rows_at_once(outputs: int, inputs: int, numbers: int) -> int:
+    """Rows of a weight that are widened together: parts of about one size, within `numbers`."""
+    most = max(EVEN, numbers // inputs)
     parts = triton.cdiv(outputs, most)
     return min(outputs, triton.cdiv(triton.cdiv(outputs, parts), EVEN) * EVEN)

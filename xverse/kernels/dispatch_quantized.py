@@ -14,7 +14,10 @@ from xverse.kernels.tiles import FEW_BITS_ROWS
 # Above, widening them once into memory costs less (all of 7B: 13 GB written and read, 6 ms):
 # computed, for `bench/quant_gpu.py` to confirm.
 TILE_ROWS = 256
-ROWS_APART = max(TILE_ROWS, LEAST_ROWS) + 1
+# And rows up to which a weight is widened whole: a part at a time is 800 launches for a prompt of
+# 7B, which the host needs 50 ms for, whatever the prompt. The GPU needs as long for 2,000 tokens.
+WHOLE_ROWS = 2048
+ROWS_APART = max(TILE_ROWS, LEAST_ROWS, WHOLE_ROWS) + 1
 
 
 def multiply_few_bits(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Choice:
@@ -72,9 +75,25 @@ def multiply_steps(device: torch.device, dtype: torch.dtype, rows: int, form: Fo
         call = multiply_steps_triton.multiply_steps
         return Choice(operation, "Triton, widened in registers", why, call)
     why = f"more than {TILE_ROWS} rows: widened once costs less than for every block of them"
-    by = "widened in one pass, then cuBLAS"
+    why = why if rows > TILE_ROWS else why_not_tiles
     widened = dequantize_triton.multiply_widened
-    return Choice(operation, by, why if rows > TILE_ROWS else why_not_tiles, widened)
+    if rows > WHOLE_ROWS:
+        return Choice(operation, "widened part by part, then cuBLAS", why, widened)
+    whole = partial(widened, numbers=dequantize_triton.MOST_NUMBERS)
+    return Choice(operation, "widened whole, then cuBLAS", why, whole)
+
+
+@lru_cache(maxsize=64)
+def widen(device: torch.device, dtype: torch.dtype, kind: str) -> Choice:
+    """The function in the place of `reference_steps.widen`; `kind` as in `Form`."""
+    operation = f"{kind} weights made {str(dtype).removeprefix('torch.')}"
+    why_not = why_no_triton(device, dtype, fp8=kind == "fp8")
+    if why_not:
+        return plain(operation, reference_steps.widen, device, why_not)
+    from xverse.kernels import dequantize_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, in one pass", why, dequantize_triton.dequantize)
 
 
 def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str:

@@ -29,8 +29,13 @@ class Block(nn.Module):
             else FeedForward(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         )
 
-    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV, rows: Tensor | None = None
+    ) -> Tensor:
+        """The stream after this block, [T, D]; with `rows` [R] only theirs, [R, D]."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TE, sin_TE, kv)
+        if rows is not None:
+            x_TD = x_TD[rows]
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -78,16 +83,20 @@ class Decoder(nn.Module):
         self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
     ) -> Tensor:
         """Logits [T, V] of ids [T] at positions [T]; with `rows` [R] only theirs, [R, V]."""
-        x_TD = self.hidden(ids_T, positions_T, kv)
-        return self.logits(x_TD if rows is None else x_TD[rows])
+        return self.logits(self.hidden(ids_T, positions_T, kv, rows))
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, kv: KV) -> Tensor:
-        """Normalized hidden states [T, D], from which `logits` follow."""
+    def hidden(
+        self, ids_T: Tensor, positions_T: Tensor, kv: KV, rows: Tensor | None = None
+    ) -> Tensor:
+        """Normalized hidden states [T, D], from which `logits` follow; with `rows` [R] only theirs,
+        [R, D]: no other token needs the last feed-forward."""
         stack = self.model
         x_TD = stack.embed_tokens(ids_T)
         cos_TE, sin_TE = self.turns(positions_T, kv, x_TD.dtype)
-        for block in stack.layers:
+        *blocks, last = stack.layers
+        for block in blocks:
             x_TD = block(x_TD, cos_TE, sin_TE, kv)
+        x_TD = last(x_TD, cos_TE, sin_TE, kv, rows)
         normed: Tensor = stack.norm(x_TD)
         return normed
 

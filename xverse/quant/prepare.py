@@ -89,11 +89,15 @@ class PackedBlock(nn.Module):
         """The four, in the order in which they are computed."""
         return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
 
-    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, kv: KV, rows: Tensor | None = None
+    ) -> Tensor:
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv_THE = self.qkv_proj(x_TD).view(-1, sum(heads), self.head_dim)
         rotate_heads(qkv_THE, cos_TE, sin_TE, self.heads + self.kv_heads)
         mixed_THE = kv.attend(self.layer, *qkv_THE.split(heads, dim=1))
+        if rows is not None:
+            x_TD, mixed_THE = x_TD[rows], mixed_THE[rows]
         x_TD = self.o_proj(mixed_THE.flatten(-2), x_TD)
         return self.down_proj(self.gate_up_proj(x_TD), x_TD)
 
