@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from bench.train_steps import Unsaved, forget
 from xverse.data.loader import Batch, Position, Prefetch, Step
 from xverse.data.shards import Shards
 from xverse.device import pick_device
+from xverse.model.decoder import Decoder
+from xverse.model.shape import ModelShape
 from xverse.parallel.ranks import Ranks
 from xverse.train import build
 from xverse.train.evaluate import loader_of
@@ -53,14 +56,14 @@ def compare(folder: Path, size: Scale, *, steps: int, small: bool) -> dict[str, 
     shape = shape_of(config, shards.vocab_size)
     found: dict[str, Any] = {"parameters": shape.num_parameters, "steps": steps}
     decoder = build.fresh(shape, options, ranks)
-    weights = {name: weight.detach().cpu().clone() for name, weight in decoder.state_dict().items()}
+    weights = {name: weight.detach().float().cpu() for name, weight in decoder.named_parameters()}
     found["ours"] = ours(decoder, shards, options, ranks)
     print(f"ours: {_short(found['ours'])}", flush=True)
     del decoder
     for name, apart in (("same_attention", True), ("causal", False)):
         forget(ranks.device)
         try:
-            found[name] = theirs(shape.to_config(), weights, shards, options, ranks, apart=apart)
+            found[name] = theirs(shape, weights, shards, options, ranks, apart=apart)
             print(f"{name}: {_short(found[name])}", flush=True)
         except Exception:
             print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
@@ -84,7 +87,7 @@ def differences(found: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def ours(decoder: Any, shards: Shards, options: Training, ranks: Ranks) -> dict[str, Any]:
+def ours(decoder: Decoder, shards: Shards, options: Training, ranks: Ranks) -> dict[str, Any]:
     """The loop of `xverse pretrain`, without checkpoints."""
     heard: list[Mapping[str, Any]] = []
     with tempfile.TemporaryDirectory() as place, Stop() as stop:
@@ -101,11 +104,11 @@ def ours(decoder: Any, shards: Shards, options: Training, ranks: Ranks) -> dict[
         assert run.run(stop) == "done"
         journal.close()
     steps = [event for event in heard if event["event"] == "step"]
-    return _figures([s["loss"] for s in steps], [s["seconds"] for s in steps], run.tokens)
+    return _figures([s["loss"] for s in steps], [s["time"] for s in steps], run.tokens)
 
 
 def theirs(
-    config: dict[str, object],
+    shape: ModelShape,
     weights: dict[str, Tensor],
     shards: Shards,
     options: Training,
@@ -114,13 +117,11 @@ def theirs(
     apart: bool,
 ) -> dict[str, Any]:
     """A loop as a careful user writes it; `apart`: documents do not see each other."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     device = ranks.device
-    named = {**config, "model_type": "llama", "use_cache": False, "pad_token_id": None}
-    named.pop("architectures")
-    model = LlamaForCausalLM(LlamaConfig(**named, attn_implementation="sdpa")).float()
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    model = LlamaForCausalLM(_config(shape)).float()
+    model.load_state_dict(weights)
     model.to(device).train()
     optimizer = _optimizer(model, options, device)
 
@@ -130,12 +131,11 @@ def theirs(
         return functional.cross_entropy(flat, targets.view(-1), reduction="sum")
 
     computed = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    losses, seconds, tokens = [], [], 0
+    losses, times, tokens = [], [], 0
     update = options.update
     data: Prefetch[Step] = Prefetch(loader_of(shards, options, ranks).steps(Position()))
     for number in range(options.steps):
         step = next(data)
-        began = time.perf_counter()
         total = torch.zeros((), device=device)
         for batch in step.passes:
             given = _inputs(batch.to(device), options.row_tokens, apart)
@@ -149,10 +149,30 @@ def theirs(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(total))
-        seconds.append(time.perf_counter() - began)
+        times.append(time.perf_counter())
         tokens += step.tokens
     data.close()
-    return _figures(losses, seconds, tokens)
+    return _figures(losses, times, tokens)
+
+
+def _config(shape: ModelShape) -> Any:
+    """The same shape in transformers' words."""
+    from transformers import LlamaConfig
+
+    assert shape.rope_theta == 10_000.0, "which is transformers' own"
+    return LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        rms_norm_eps=shape.rms_norm_eps,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
 
 
 def _optimizer(model: nn.Module, options: Training, device: torch.device) -> torch.optim.Optimizer:
@@ -185,12 +205,14 @@ def _inputs(
     return ids_BT, targets_BT, positions_BT, same_BTT.tril()[:, None]
 
 
-def _figures(losses: list[float], seconds: list[float], tokens: int) -> dict[str, Any]:
+def _figures(losses: list[float], times: list[float], tokens: int) -> dict[str, Any]:
+    """Of a run whose steps ended at `times`: the usual step, waiting for data included."""
+    seconds = [later - one for one, later in pairwise(times)]
     counted = seconds[min(WARM, len(seconds) // 2) :]
-    middle = statistics.median(counted)
+    usual = statistics.median(counted)
     return {
-        "tokens_per_s": round(tokens / len(seconds) / middle, 1),
-        "s_per_step": round(middle, 5),
+        "tokens_per_s": round(tokens / len(losses) / usual, 1),
+        "s_per_step": round(usual, 5),
         "timed_steps": len(counted),
         "losses": [round(loss, 5) for loss in losses],
     }

@@ -14,26 +14,29 @@ through the same lines on a CPU in a minute and records nothing.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-from bench import real_pack, real_peer, real_report, real_train
-from bench.record import ROOT, record
 from xverse.files import read_json, write_json
 
 RESULT, PEER = "real_run_h200", "real_run_peer_h200"
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each command imports what it needs: the processes of `prepare` import this file again, and would
+# each load PyTorch.
 
 
 def prepare(args: argparse.Namespace) -> None:
+    from bench import real_pack
+
     vocabulary = 1_000 if args.small else 32_000
     real_pack.make(args.out, args.texts, vocabulary=vocabulary, planned_tokens=args.planned)
 
 
 def train(args: argparse.Namespace) -> None:
+    from bench import real_pack, real_train
+
     shards = real_pack.unpacked(args.pack, args.folder) / real_pack.SHARDS
     ended = real_train.train(
         shards, args.folder, seconds=args.seconds, total=args.total, small=args.small
@@ -42,6 +45,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from bench import real_report
+
     found = real_report.report(args.folder, "cpu" if args.small else "auto")
     short = {key: value for key, value in found.items() if key not in ("loss", "data", "config")}
     short["validation"] = found["validation"][-1:]
@@ -50,6 +55,8 @@ def report(args: argparse.Namespace) -> None:
 
 
 def peer(args: argparse.Namespace) -> None:
+    from bench import real_pack, real_peer, real_train
+
     shards = real_pack.unpacked(args.pack, args.folder) / real_pack.SHARDS
     size = real_train.scale(args.small)
     found = real_peer.compare(shards, size, steps=args.steps, small=args.small)
@@ -58,6 +65,8 @@ def peer(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
+    from bench import real_report
+
     file = args.figures or ROOT / "bench" / "results" / f"{RESULT}.json"
     facts: Any = read_json(file)
     real_report.plot(facts["figures"], args.to)
@@ -69,6 +78,8 @@ def _keep(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
     if args.small:
         write_json(args.folder / f"{name}.json", {"figures": found})
     else:
+        from bench.record import record
+
         print(record(name, found, ("triton", "transformers")))
 
 

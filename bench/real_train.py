@@ -16,16 +16,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.record import ROOT
 from xverse.files import read_json, write_json
 from xverse.train.journal import METRICS, last_steps, read_events
 from xverse.train.options import Keeping, Training, Updating
 
+ROOT = Path(__file__).resolve().parents[1]
 MODEL, STATE = "model", "state.json"
 LEAVING = 20.0  # seconds that the last save of a call may take
 STARTING = 30.0  # seconds from the start of a process to its first step, as planned for
 FIRST_PLAN = 1_000_000  # steps, before a pace is known: the rate stays where it is until replanned
 DECAY = 0.2
+SURE = 0.95  # of the time that is left is planned for: the pace will not be the same
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Scale:
 
 def scale(small: bool) -> Scale:
     """About 110M parameters beside the input embedding; small: what a CPU does in a minute."""
-    rows = {"row_tokens": 128, "rows_per_step": 8, "rows_per_pass": 4}
-    if not small:
-        rows = {"row_tokens": 2048, "rows_per_step": 64, "rows_per_pass": 32}
     every = 20 if small else 400
     return Scale(
         "from-depth:2" if small else "from-depth:12",
         Training(
             steps=FIRST_PLAN,
+            row_tokens=128 if small else 2048,
+            rows_per_step=8 if small else 64,
+            rows_per_pass=4 if small else 32,
             update=Updating(
                 learning_rate=1e-3,
                 schedule="wsd",
@@ -59,9 +60,7 @@ def scale(small: bool) -> Scale:
                 evaluate_every=every,
                 evaluate_rows=8 if small else 0,
                 log_every=every // 10,
-                tensorboard=False,
             ),
-            **rows,
         ),
         kill_after=8.0 if small else 150.0,
         least_steps=20 if small else 100,
@@ -131,7 +130,7 @@ class State:
         # Evaluations and saves count, starts and pauses between calls do not.
         pace = sum(min(gap, 40 * usual) for gap in gaps) / len(gaps)
         left = total - self.spent - STARTING - LEAVING
-        self.facts["steps"] = max(len(steps) + 2, len(steps) + int(0.97 * left / pace))
+        self.facts["steps"] = max(len(steps) + 2, len(steps) + int(SURE * left / pace))
         self._write()
         print(f"{pace * 1e3:.1f} ms a step: {self.facts['steps']:,} steps in all", flush=True)
 
