@@ -48,6 +48,9 @@ def compare(folder: Path, size: Scale, *, steps: int, small: bool) -> dict[str, 
     options = replace(
         size.training,
         steps=steps,
+        update=replace(
+            size.training.update, warmup_steps=min(size.training.update.warmup_steps, steps // 4)
+        ),
         keep=Keeping(save_every=NEVER, evaluate_every=NEVER, log_every=NEVER),
         watch=Watching(spike=0.0),
     )
@@ -56,7 +59,9 @@ def compare(folder: Path, size: Scale, *, steps: int, small: bool) -> dict[str, 
     shape = shape_of(config, shards.vocab_size)
     found: dict[str, Any] = {"parameters": shape.num_parameters, "steps": steps}
     decoder = build.fresh(shape, options, ranks)
-    weights = {name: weight.detach().float().cpu() for name, weight in decoder.named_parameters()}
+    weights = {  # copies: on a CPU the run would learn in them
+        name: weight.detach().float().cpu().clone() for name, weight in decoder.named_parameters()
+    }
     found["ours"] = ours(decoder, shards, options, ranks)
     print(f"ours: {_short(found['ours'])}", flush=True)
     del decoder
