@@ -17,7 +17,8 @@ import torch
 
 from bench.record import record
 from xverse import LLM, Sampling
-from xverse.checkpoint.gguf import GgufFile, GgufWeights
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_weights import GgufWeights
 from xverse.checkpoint.resolve import resolve
 
 TOKENS = 128

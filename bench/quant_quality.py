@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.llama2c import write_folder
+from bench.llama2c import unpacked
 from bench.record import record
 from xverse.checkpoint.load import Model, load
 from xverse.quant.calibrate import CALIBRATED, Method
@@ -27,8 +27,6 @@ from xverse.quant.quantize import quantize
 from xverse.quant.recipe import Recipe
 from xverse.quant.scheme import Scheme
 from xverse.text.samples import read_samples
-
-STORIES = 60_816_028  # bytes of stories15M.bin in llama2.data; its tokenizer follows
 
 ROWS: dict[str, tuple[Scheme, Method]] = {
     "published int8, per row": (Scheme(8), "rtn"),
@@ -128,15 +126,6 @@ def stored(model: Model) -> str:
     if model.checkpoint.path.suffix == ".gguf":
         return f"dequantized from {model.checkpoint.path.name}"
     return str(model.checkpoint.config.get("torch_dtype"))
-
-
-def unpacked(model: str, folder: Path) -> str:
-    """The model, or the folder made of llama2.data."""
-    if Path(model).name != "llama2.data":
-        return model
-    raw = Path(model).read_bytes()
-    write_folder(raw[:STORIES], raw[STORIES:], folder)
-    return str(folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -200,6 +201,45 @@ def save_figures(timed: Timed, every: int, shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def offload(bench: Bench) -> dict[str, Any]:
+    """The 7B with what --offload names in the host's memory, updated there, all states in fp32."""
+    args, row = bench.args, bench.row(4096)
+    found: dict[str, Any] = {}
+    for kind in args.offload:
+        options = training(
+            args.warm_offload + args.steps_offload, row, args.rows4096, args.passes4096,
+            master="float32", compile=args.compile, recompute=args.recompute, offload=kind,
+        )  # fmt: skip
+        update = dataclasses.replace(options.update, moments=args.moments_offload)
+        options = dataclasses.replace(options, update=update)
+        device = str(bench.device)
+        ranks = Ranks.start(device, grouped=True) if kind == "parameters" else bench.ranks
+        try:
+            decoder = fresh(bench.shape, options, ranks)
+            text = bench.text("streams", bench.shape).in_rows(row)
+            timed = timed_run(decoder, options, text, ranks, warm=args.warm_offload)
+            here = figures(timed, decoder, options, ranks.device)
+            memory = predict.memory(bench.shape, options, dtype="bfloat16", ranks=1)
+            here |= predicted(bench, options, here)
+            here["predicted_host_GB"] = round(memory.host / 1e9, 2)
+            here["host_peak_GB"] = round(host_peak() / 1e9, 2)
+            found[kind] = here
+            print(f"{kind}: {here}", flush=True)
+            del decoder, timed
+        except Exception:
+            print(f"offload {kind} failed:\n{traceback.format_exc()}", flush=True)
+        finally:
+            if ranks is not bench.ranks:
+                ranks.close()
+        forget(bench.device)
+    return found
+
+
+def host_peak() -> int:
+    """The most bytes of memory that this process had so far, what is pinned included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def predicted(bench: Bench, options: Training, found: dict[str, Any]) -> dict[str, Any]:
     """What --dry-run says of the memory, beside what was measured."""
     memory = predict.memory(bench.shape, options, dtype="bfloat16", ranks=1)
@@ -220,6 +260,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "lora": (lora, 100),
     "memory": (memory, 60),
     "save": (save, 75),
+    "offload": (offload, 120),
 }
 
 
@@ -237,6 +278,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows8192", type=int, default=2)
     parser.add_argument("--passes8192", type=int, default=1)
     parser.add_argument("--rows-lora", type=int, default=4, help="of 2,048 tokens, in a pass")
+    parser.add_argument(
+        "--offload", nargs="+", default=["optimizer"], choices=("optimizer", "parameters")
+    )
+    parser.add_argument("--steps-offload", type=int, default=4, help="that are timed")
+    parser.add_argument("--warm-offload", type=int, default=2)
+    parser.add_argument(
+        "--moments-offload", default="float32", choices=("float32", "bfloat16"),
+        help="of 7B, 88 GB or 58 GB on the host",
+    )  # fmt: skip
     parser.add_argument("--wheels", type=Path, default=Path(".whl"), help="where peft may be")
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--compile", default="auto", choices=("auto", "yes", "no"))

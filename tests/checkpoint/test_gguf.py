@@ -18,7 +18,9 @@ from tests.checkpoint.tiny_gguf import (
     smollm2,
 )
 from xverse.checkpoint import gguf
-from xverse.checkpoint.gguf import GgufFile, GgufWeights, config_of
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_config import config_of
+from xverse.checkpoint.gguf_weights import GgufWeights
 from xverse.errors import XverseError
 from xverse.model.rope import inverse_frequencies
 from xverse.model.shape import ModelShape

@@ -21,8 +21,10 @@ from tests.checkpoint.tiny_gguf import (
     llama,
     packed,
 )
-from xverse.checkpoint.gguf import GgufFile, GgufWeights, config_of
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_config import config_of
 from xverse.checkpoint.gguf_tokenizer import tokenizer_of
+from xverse.checkpoint.gguf_weights import GgufWeights
 from xverse.errors import XverseError
 
 HUGE = 2**64 - 1

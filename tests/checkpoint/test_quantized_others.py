@@ -1,5 +1,6 @@
 """GPTQ and AWQ folders of others: the variants that are read, the names of those that are not."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from xverse import XverseError
 from xverse.checkpoint.convert import save_weights
 from xverse.checkpoint.load import load, open_checkpoint
 from xverse.checkpoint.plain import plain_weights
-from xverse.checkpoint.quantized import put_parts
+from xverse.checkpoint.save import expert_name, published_tensors
 from xverse.model.decoder import Decoder
 from xverse.model.linear import Linear, StackedLinear
-from xverse.quant.linear import QuantizedLinear
 from xverse.quant.stored import layout_of
-from xverse.quant.stored_layer import Parts
 
 GROUP = 32
 CONFIG = published_config() | {"torch_dtype": "float32", "num_hidden_layers": 2}
+MIXTURE = published_config(moe=True) | {"torch_dtype": "float32", "num_hidden_layers": 2}
 
 
 def gptq_config(**changes: object) -> dict[str, object]:
@@ -40,10 +40,10 @@ def awq_config(**changes: object) -> dict[str, object]:
 
 
 def random_layer(
-    rows: int, columns: int, bits: int, config: dict[str, object]
+    rows: int, columns: int, bits: int, config: dict[str, object], number: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Steps, zeros, scales and the group of each column, at random."""
-    dice = torch.Generator().manual_seed(rows * columns)
+    """Steps, zeros, scales and the group of each column, at random; others for each `number`."""
+    dice = torch.Generator().manual_seed(rows * columns + number)
     size = config["group_size"]
     assert isinstance(size, int)
     groups = 1 if size == -1 else columns // size
@@ -53,23 +53,20 @@ def random_layer(
         zeros = torch.full_like(zeros, 2 ** (bits - 1))
     scales = torch.rand(rows, groups, generator=dice) * 0.3 / 2**bits
     group_of = torch.arange(columns) // (columns // groups)
-    if config.get("desc_act"):
+    if config.get("desc_act") and number != 1:  # which of the experts is sorted as it is
         group_of = group_of[torch.randperm(columns, generator=dice)]
     return steps, zeros, scales, group_of
 
 
-def write(folder: Path, config: dict[str, object]) -> Decoder:
+def write(folder: Path, config: dict[str, object], shape: dict[str, object] = CONFIG) -> Decoder:
     """A folder quantized so, and the model that its numbers are."""
-    decoder = random_decoder(CONFIG, dtype=torch.float32)
-    state = dict(decoder.state_dict())
+    decoder = random_decoder(shape, dtype=torch.float32)
+    state = dict(published_tensors(decoder))
     bits = config["bits"]
     assert isinstance(bits, int)
-    for name, module in decoder.named_modules():
-        if not isinstance(module, Linear) or name == "lm_head":
-            continue
-        layer = random_layer(*module.weight.shape, bits, config)
-        with torch.no_grad():
-            module.weight.copy_(numbers(*layer))
+    for name, number, weight in matrices(decoder):
+        layer = random_layer(*weight.shape, bits, config, number)
+        weight.copy_(numbers(*layer))
         del state[f"{name}.weight"]
         if config["quant_method"] == "awq":
             tensors = awq(*layer[:3])
@@ -77,11 +74,21 @@ def write(folder: Path, config: dict[str, object]) -> Decoder:
             version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
             tensors = gptq(*layer, bits, version)
         state |= {f"{name}.{what}": tensor for what, tensor in tensors.items()}
-    write_folder(folder, random_decoder(CONFIG), CONFIG | {"quantization_config": config})
+    write_folder(folder, random_decoder(shape), shape | {"quantization_config": config})
     for file in folder.glob("model*"):
         file.unlink()
     save_weights(state.items(), folder)
     return decoder
+
+
+def matrices(decoder: Decoder) -> Iterator[tuple[str, int, Tensor]]:
+    """What is quantized: published name, number (of an expert), and the weight itself."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, StackedLinear):
+            for number, weight in enumerate(module.weight.detach()):
+                yield expert_name(name, number), number, weight
+        elif isinstance(module, Linear) and name != "lm_head":
+            yield name, 0, module.weight.detach()
 
 
 READ = {
@@ -109,6 +116,16 @@ def test_a_folder_is_the_model_that_its_numbers_are(tmp_path: Path, case: str) -
     plain = plain_weights(open_checkpoint(tmp_path / "m"))
     assert plain.infos().keys() == expected.state_dict().keys()
     for name, weight in expected.state_dict().items():
+        assert torch.allclose(plain.read(name, torch.float32), weight, atol=1e-6), name
+
+
+@pytest.mark.parametrize("case", ["gptq", "gptq sorted columns", "awq"])
+def test_experts_are_read_and_each_has_an_order_of_its_own(tmp_path: Path, case: str) -> None:
+    expected = write(tmp_path / "m", READ[case], MIXTURE)
+    loaded = load(tmp_path / "m").decoder
+    assert torch.allclose(logits(loaded), logits(expected), atol=1e-3)
+    plain = plain_weights(open_checkpoint(tmp_path / "m"))
+    for name, weight in published_tensors(expected):
         assert torch.allclose(plain.read(name, torch.float32), weight, atol=1e-6), name
 
 
@@ -172,15 +189,6 @@ def test_zeros_beside_the_middle_are_not_called_symmetric(tmp_path: Path) -> Non
     write_json(tmp_path / "m" / "config.json", config)
     with pytest.raises(XverseError, match="symmetric"):
         load(tmp_path / "m")
-
-
-def test_experts_with_orders_of_their_own_are_refused() -> None:
-    scheme = layout_of(gptq_config(desc_act=True)).scheme_of("experts", StackedLinear(2, 32, 8))
-    assert scheme is not None
-    stack = QuantizedLinear.of(StackedLinear(2, 32, 8), scheme)
-    parts = Parts(stack.weight[0], stack.scale[0], None, torch.arange(32))
-    with pytest.raises(XverseError, match="sorted columns"):
-        put_parts(stack, [parts, parts], torch.device("cpu"))
 
 
 REFUSED = {

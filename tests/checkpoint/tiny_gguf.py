@@ -24,6 +24,7 @@ LAYOUTS = {
 }
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB, LAYERS = 32, 4, 2, 8, 64, 40, 2
+EXPERTS = 4
 
 
 @dataclass
@@ -146,6 +147,31 @@ def llama(weights: Mapping[str, torch.Tensor] | None = None, arch: str = "llama"
         if ".q_proj." in name or ".k_proj." in name:
             weight = interleaved(weight, HEADS if ".q_proj." in name else KV_HEADS)
         add(draft, _stored_name(name), weight)
+    return draft
+
+
+def mixture() -> Draft:
+    """A right file of a mixture of EXPERTS experts, as `xverse export` marks it, in F32."""
+    random = torch.Generator().manual_seed(1)
+    dense = {name: weight for name, weight in llama_weights().items() if ".mlp." not in name}
+    draft = llama(dense, "bailingmoe").put("xverse.model_type", STRING, "xverse")
+    for key, value in {
+        "expert_count": EXPERTS, "expert_used_count": 2, "expert_shared_count": 2,
+        "expert_feed_forward_length": FEED, "leading_dense_block_count": 0,
+    }.items():  # fmt: skip
+        draft.put(f"bailingmoe.{key}", U32, value)
+    draft.put("bailingmoe.expert_weights_norm", BOOL, 1)
+    draft.put("bailingmoe.expert_weights_scale", F32, 1.0)
+    for layer in range(LAYERS):
+        above = f"blk.{layer}.ffn"
+        add(draft, f"{above}_gate_inp.weight", torch.randn(EXPERTS, HIDDEN, generator=random))
+        for part, inputs, outputs in (
+            ("gate", HIDDEN, FEED), ("up", HIDDEN, FEED), ("down", FEED, HIDDEN)
+        ):  # fmt: skip
+            stack = torch.randn(EXPERTS, outputs, inputs, generator=random)
+            add(draft, f"{above}_{part}_exps.weight", stack)
+            wide = (2 * outputs, inputs) if part != "down" else (outputs, 2 * inputs)
+            add(draft, f"{above}_{part}_shexp.weight", torch.randn(wide, generator=random))
     return draft
 
 

@@ -40,6 +40,12 @@ def test_an_array_tells_the_lines_on_which_its_objects_begin(tmp_path: Path) -> 
     assert read(packed)[0] == rows
 
 
+def test_an_array_on_one_line_tells_the_numbers_of_its_objects(tmp_path: Path) -> None:
+    rows, told = read(written(tmp_path, "a.json", '[{"a": 1}, 5, {"a": "\\n"}]\n'))
+    assert rows == [Row({"a": 1}, 1), Row({"a": "\n"}, 3)]
+    assert [(one["line"], one["reason"]) for one in told] == [(2, "bad JSON")]
+
+
 @pytest.mark.parametrize(
     ("text", "count", "line"),
     [

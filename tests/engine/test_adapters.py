@@ -345,3 +345,132 @@ def test_generate_with_an_adapter(
     assert said[0] != said[1]
     assert run(["generate", model, "Hello", "--adapter", model]) == 1
     assert "holds no adapter" in capsys.readouterr().err
+
+
+def overlapping(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    """An engine that runs as on a GPU, by the plain twins of its kernels."""
+    monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+    return engine(**options)
+
+
+def test_captured_steps_serve_whoever_lies_in_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = overlapping(monkeypatch)
+    assert isinstance(it.runner, DeviceRunner)
+    inputs: list[int] = []
+    steps = it.runner.steps
+
+    def counted(inputs_IB: torch.Tensor, rows: int) -> torch.Tensor:
+        inputs.append(len(inputs_IB))
+        return type(steps).__call__(steps, inputs_IB, rows)
+
+    monkeypatch.setattr(it.runner, "steps", counted)
+    for name in (None, *KINDS):
+        it.add(Request((1, 2, 3, 4), greedy(9), adapter=name))
+    answers = list(finish(it).values())
+    assert answers == [answer(name, (1, 2, 3, 4), 9) for name in (None, *KINDS)]
+    assert inputs.count(4) >= 8  # of all four at once
+    inputs.clear()
+    it.add(Request((1, 2, 3, 4), greedy(9)))
+    finish(it)
+    assert set(inputs) == {3}  # without an adapter, the step that knows of none
+
+
+@pytest.mark.parametrize("options", [{"adapter_slots": 1}, {"adapter_slots": 0}])
+def test_more_adapters_than_slots(monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    """Slots change hands between steps, and who finds none is computed all the same."""
+    it = overlapping(monkeypatch, **options)
+    check_mixture(it)
+    for name in ("a", "b", "dora", "a"):
+        it.add(Request((5, 6, 7), greedy(5), adapter=name))
+        assert [*finish(it).values()] == [answer(name, (5, 6, 7), 5)]
+        slots, loaded = it.adapters.slots, it.adapters.hold(name)
+        assert (slots is None) == (options["adapter_slots"] == 0)
+        assert slots is None or slots.of(loaded) == 0
+        it.adapters.release(loaded)
+
+
+def test_a_rank_above_that_of_slots(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = overlapping(monkeypatch, adapter_rank=1)  # which is rounded up to 16
+    wide = random_adapter(SHAPE, seed=11, rank=20, size=0.1)
+    it.load_adapter("wide", wide)
+    expected = plain_choice((1, 2, 3), greedy(6), merge(deepcopy(tiny_decoder()), wide))
+    for name in ("wide", "b"):
+        it.add(Request((1, 2, 3), greedy(6), adapter=name))
+    assert [*finish(it).values()] == [list(expected), answer("b", (1, 2, 3), 6)]
+    assert "'wide' are computed without CUDA graphs" in caplog.text
+    assert "its rank is 20, and slots are for 16" in caplog.text
+
+
+def test_the_longest_unused_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = overlapping(monkeypatch, adapter_slots=2)
+    slots = it.adapters.slots
+    assert slots is not None
+    a, b, dora = (it.adapters.hold(name) for name in KINDS)
+    slots.seat([a, None, a])
+    slots.seat([b])
+    slots.seat([a])
+    slots.seat([dora])
+    assert [slots.of(one) for one in (None, a, b, dora)] == [-1, 0, None, 1]
+    slots.seat([b, dora])
+    assert [slots.of(one) for one in (a, b, dora)] == [None, 0, 1]
+    slots.seat([a, b, dora])  # nobody who is needed gives way
+    assert [slots.of(one) for one in (a, b, dora)] == [None, 0, 1]
+    assert 0 < slots.nbytes < 2**20
+
+
+def test_slots_that_no_memory_is_left_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("xverse.engine.adapters.AdapterSlots", none_left)
+    with pytest.raises(XverseError, match=r"(?s)2 adapters of rank 32.*Lower adapter_slots"):
+        overlapping(monkeypatch, adapter_slots=2)
+
+
+def test_of_a_mixture_captured_steps_have_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is beside the experts is a part of their kernel: who changes it goes another way."""
+    monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+    config = CONFIG | {"model_type": "xverse", "num_key_value_heads": 4, "num_experts": 4}
+    shape = ModelShape.from_config(config | {"moe_top_k": 2, "num_shared_experts": 1})
+    decoder = initialize(Decoder(shape), std=0.3).requires_grad_(False)
+    everything = random_adapter(shape, seed=7).weights
+    kinds = {
+        kind: Adapter({name: change for name, change in everything.items() if kind in name})
+        for kind in ("self_attn", "shared_experts")
+    }
+    expected = [
+        list(plain_choice((1, 2, 3), greedy(6), merge(deepcopy(decoder), adapter)))
+        for adapter in kinds.values()
+    ]
+    it = Engine(fuse(decoder), options=EngineOptions(kv_tokens=200, max_adapters=2))
+    for name, adapter in kinds.items():
+        it.load_adapter(name, adapter)
+        it.add(Request((1, 2, 3), greedy(6), adapter=name))
+    assert [*finish(it).values()] == expected
+    slots = it.adapters.slots
+    assert slots is not None
+    assert [slots.of(it.adapters.hold(name)) for name in kinds] == [0, None]
+    assert "shared_experts.down_proj, which is a part of a larger kernel" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_captured_steps_over_quantized_weights(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ModelShape.from_config(CONFIG | {"intermediate_size": 64})  # as their kernels want it
+    decoder = initialize(Decoder(shape), std=0.3).requires_grad_(False)
+    decoder = fuse(quantize(decoder, bits))
+    found = []
+    for how in ("plain", "captured"):
+        if how == "captured":
+            monkeypatch.setattr(DeviceRunner, "why_not", lambda decoder, kv: "")
+        it = Engine(decoder, options=EngineOptions(kv_tokens=400, max_adapters=2))
+        it.load_adapter("a", random_adapter(shape, seed=1))
+        it.load_adapter("dora", random_adapter(shape, seed=3, dora=True))
+        for name in (None, "a", "dora"):
+            it.add(Request((1, 2, 3, 4), greedy(8), adapter=name))
+        found.append(list(finish(it).values()))
+    assert found[0] == found[1]
+    assert len({tuple(ids) for ids in found[0]}) == 3

@@ -1,5 +1,6 @@
 """The arithmetic of training: what is fused, chunked or 8 bits wide against its specification."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xverse.kernels import attend, multiply_fp8, reference, reference_train, score
+from xverse.kernels import (
+    attend,
+    multiply_fp8,
+    native,
+    reference,
+    reference_train,
+    score,
+    update_cpu,
+)
 from xverse.kernels.reference_train import AdamW
 from xverse.kernels.score import cross_entropy
 from xverse.model.cache import Packed
@@ -121,6 +130,59 @@ def test_the_update_on_a_gpu_is_the_specification(
         # One unit in bf16's last place, where a sum a bit apart falls to the other side.
         tolerance = 2**-7 if ours.dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(ours, specified, atol=1e-6, rtol=tolerance)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def of_kinds(
+    weight: torch.dtype, gradient: torch.dtype, moments: torch.dtype
+) -> list[torch.Tensor]:
+    """Weight, gradient, moments, and for a master a copy in bf16; several pieces of numbers."""
+    generator = torch.Generator().manual_seed(4)
+    size = (7, 4801)
+    found = [
+        torch.randn(size, generator=generator).to(weight),
+        torch.randn(size, generator=generator).to(gradient),
+        (torch.randn(size, generator=generator) * 0.1).to(moments),
+        (torch.rand(size, generator=generator) * 0.1).to(moments),
+    ]
+    return [*found, torch.zeros(size, dtype=BF16)] if weight == F32 else found
+
+
+def updated(
+    call: Callable[..., None], given: list[torch.Tensor], rule: AdamW, here: slice = slice(None)
+) -> list[torch.Tensor]:
+    tensors = [tensor.flatten()[here].clone() for tensor in given]
+    call(*tensors[:4], rule, *tensors[4:])
+    return tensors
+
+
+@pytest.mark.parametrize("weight", [F32, BF16])
+@pytest.mark.parametrize("gradient", [F32, BF16])
+@pytest.mark.parametrize("moments", [F32, BF16])
+def test_the_update_on_a_cpu_is_the_specification(
+    weight: torch.dtype,
+    gradient: torch.dtype,
+    moments: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(update_cpu, "PIECE", 1000)
+    given = of_kinds(weight, gradient, moments)
+    specified = updated(reference_train.adamw, given, RULE)
+    assert all(map(torch.equal, updated(update_cpu.adamw_in_pieces, given, RULE), specified))
+    if native.why_not():
+        pytest.skip(native.why_not())
+    ours = updated(update_cpu.adamw, given, RULE)
+    for one, other in zip(ours, specified, strict=True):
+        # One unit in bf16's last place, where a sum a bit apart falls to the other side.
+        tolerance = 2**-7 if one.dtype == BF16 else 1e-6
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=tolerance)
+        assert (one != other).float().mean() < 0.01
+    for cut in (1, 16_384, 20_000):  # a piece is rounded as its place in the whole is
+        first = updated(update_cpu.adamw, given, RULE, slice(0, cut))
+        rest = updated(update_cpu.adamw, given, RULE._replace(start=cut), slice(cut, None))
+        assert all(map(torch.equal, map(torch.cat, zip(first, rest, strict=True)), ours))
 
 
 def test_random_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:

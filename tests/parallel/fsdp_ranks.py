@@ -66,25 +66,28 @@ def train(
     ranks: Ranks,
     *,
     mesh: Axes | None = None,
+    offload: str = "none",
     run: str = "",
     steps: int | None = None,
 ) -> None:
     """The run `run` of RUNS over a mesh, in a folder `name`; it goes on with what is there."""
-    changes, training = RUNS[run or name]
+    run = run or name
+    changes, training = RUNS[run]
     training = dataclasses.replace(
         training,
         steps=steps or training.steps,
         keep=Keeping(save_every=5, keep=9, evaluate_every=10, evaluate_rows=8),
-        mesh=mesh or Axes(data=ranks.size if name == "copies" else 1),
+        mesh=mesh or Axes(data=ranks.size if run == "copies" else 1),
+        compute=dataclasses.replace(training.compute, offload=offload),  # type: ignore[arg-type]
     )
     decoder = build.fresh(tiny_shape(**changes), training, ranks)
     loader = None
-    if name in ("lora", "qlora"):
+    if run in ("lora", "qlora"):
         decoder = tiny_decoder(**changes).requires_grad_(False)
-        if name == "qlora":
+        if run == "qlora":
             quantize(decoder, Recipe(NAMED["int8"].scheme))  # head and embedding stay as they are
         decoder = build.prepared(add_lora(decoder, Lora(rank=3, dora=True)), training, ranks)
-    if name in ("answers", "lora", "qlora"):
+    if run in ("answers", "lora", "qlora"):
         loader = answer_loader(training, ranks)
     it = tiny_run(
         folder / name,
@@ -110,19 +113,20 @@ def rewind(source: Path, folder: Path, step: int) -> None:
 
 
 def main() -> None:
-    """Each name is that of a run, or run:mesh such as dense:tensor=2; followed by <other, it goes
-    on with what that one left at step 10."""
+    """Each name is that of a run, or run:mesh such as dense:tensor=2, where offload=optimizer may
+    stand too; followed by <other, it goes on with what that one left at step 10."""
     folder, *names = sys.argv[1:]
     ranks = Ranks.start("cpu")
     for one in names:
         name, _, source = one.partition("<")
         run, _, told = name.partition(":")
         sizes = dict(size.split("=") for size in told.split(",") if size)
+        offload = sizes.pop("offload", "none")
         mesh = Axes(**{axis: int(size) for axis, size in sizes.items()}) if sizes else None
         if source and ranks.first:
             rewind(Path(folder) / source, Path(folder) / name, 10)
         ranks.any(False)  # until it is there
-        train(Path(folder), name, ranks, mesh=mesh, run=run)
+        train(Path(folder), name, ranks, mesh=mesh, offload=offload, run=run)
     ranks.close()
 
 

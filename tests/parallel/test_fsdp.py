@@ -27,6 +27,12 @@ TOGETHER = (
     "mixture:tensor=2<mixture:expert=2",
     "mixture:pipeline=2<mixture:tensor=2",
     "mixture:context=2<mixture:pipeline=2",
+    "dense:offload=optimizer",
+    "dense:offload=parameters<dense:offload=optimizer",
+    "copies:data=2,offload=parameters",
+    "mixture:tensor=2,offload=optimizer",
+    "lora:offload=optimizer",
+    "lora:offload=parameters",
 )
 NAMES = [one.partition("<")[0] for one in TOGETHER]
 RESUMED = [one.partition("<")[0] for one in TOGETHER if "<" in one]

@@ -114,7 +114,7 @@ def test_the_balance_loss_is_one_where_all_are_used_alike_and_pushes_towards_it(
     x_TD = torch.randn(32, 32)
     gradients = []
     for factor in (0.0, 2.0):
-        balance.weigh(decoder, factor)
+        balance.weigh(decoder, factor, x_TD.device)
         mixture.router.weight.grad = None
         mixture(x_TD).sum().backward()
         gradients.append(mixture.router.weight.grad.clone())

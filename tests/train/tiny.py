@@ -128,7 +128,12 @@ def tiny_run(
         loader or loader_of(documents or Documents(), training, ranks),
         training,
         ranks=ranks,
-        checkpoints=Checkpoints(folder / "checkpoints", ranks, keep=training.keep.keep),
+        checkpoints=Checkpoints(
+            folder / "checkpoints",
+            ranks,
+            keep=training.keep.keep,
+            copies=training.compute.offload == "none",
+        ),
         journal=Journal(folder if ranks.first else None),
         validation={"en": Held(loader_of(Documents(seed=2), training, ranks), 0.5)}
         if validation

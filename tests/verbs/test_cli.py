@@ -166,6 +166,26 @@ def test_export_writes_a_folder_that_chats(
     assert "fix:" in err
 
 
+def test_show_verifies_what_a_manifest_lists(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = in_process(capsys, "show", str(folder), "--verify")
+    assert code == 1
+    assert "has no manifest.json" in err
+    out = tmp_path / "out"
+    assert in_process(capsys, "export", str(folder), str(out))[0] == 0
+    code, told, _ = in_process(capsys, "show", str(out), "--verify")
+    assert code == 0
+    assert told.endswith("Every file is as manifest.json has it.\n")
+    weights = next(out.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, _, err = in_process(capsys, "show", str(out), "--verify")
+    assert code == 1
+    assert weights.name in err
+
+
 def test_show_tells_shape_and_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "show", "xverse-7b", "--context", "2048", "--json")
     facts = json.loads(out)

@@ -165,7 +165,8 @@ def test_a_dry_run_tells_what_fits(
     assert finetune(model, conversations, out, "--dry-run") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["data"]["rows_read"] > 0
-    assert set(plan["memory_bytes"]) == {"full", "lora", "qlora int8", "qlora int4"}
+    offloaded = {f"full, {what} offloaded" for what in ("optimizer", "parameters")}
+    assert set(plan["memory_bytes"]) == {"full", "lora", "qlora int8", "qlora int4"} | offloaded
     assert all(all(found["fits"].values()) for found in plan["memory_bytes"].values())
     line = ["finetune", str(model), str(conversations), "--out", str(out), *FEW, "--dry-run"]
     assert cli.run(line) == 0

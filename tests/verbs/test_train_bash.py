@@ -181,6 +181,36 @@ def test_stages_are_spread_by_fsdp(stage: int, data: int, reshard: bool) -> None
     assert (mapped.data, mapped.reshard) == (data, reshard)
 
 
+def offload(stage: int, **sections: object) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **sections}}
+
+
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("config", "became"),
+    [
+        (offload(2), ("none", True)),
+        (offload(2, offload_optimizer=None, offload_param={"device": "none"}), ("none", True)),
+        (offload(2, offload_optimizer=CPU), ("optimizer", True)),
+        (offload(1, offload_optimizer=CPU | {"pin_memory": False}), ("optimizer", False)),
+        (offload(3, offload_param=CPU | {"pin_memory": True}), ("parameters", True)),
+        (offload(3, offload_param=CPU, offload_optimizer=CPU), ("parameters", True)),
+    ],
+)
+def test_offload_is_told_and_taken(config: dict[str, Any], became: tuple[str, bool]) -> None:
+    mapped = read_deepspeed(config, ASKED)
+    assert (mapped.offload, mapped.pinned) == became
+    told = {row.key: row.became for row in mapped.rows}
+    for key, section in config["zero_optimization"].items():
+        if key != "stage":
+            here = told[f"zero_optimization.{key}.device"]
+            assert ("on the host" in here) is (section is not None and section["device"] == "cpu")
+            names = section or {}
+            assert all(f"zero_optimization.{key}.{name}" in told for name in names)
+
+
 def test_every_key_of_the_published_file_has_a_row() -> None:
     rows = read_deepspeed(DEEPSPEED, ASKED).rows
     flat = [*(set(DEEPSPEED) - {"bf16", "zero_optimization"}), "bf16.enabled"]
@@ -196,7 +226,19 @@ def test_every_key_of_the_published_file_has_a_row() -> None:
         ({"zero_optimization": {"stage": 4}}, "the stages are 0, 1, 2 and 3"),
         ({"zero_optimization": {"stage": 2, "overlap_com": 1}}, "Did you mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}}, "no meaning here"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload is not built"),
+        (
+            offload(3, offload_optimizer={"device": "nvme", "nvme_path": "x"}),
+            "no disks",
+        ),
+        (offload(2, offload_param={"device": "cpu"}), "for stage 3"),
+        (offload(3, offload_param={"device": "cpu", "ratio": 0.3}), "all of it is offloaded"),
+        (offload(3, offload_param={"device": "cpu", "pin_memori": True}), "mean 'pin_memory'"),
+        (offload(2, offload_optimizer="cpu"), "an object of options"),
+        (offload(2, offload_optimizer={"device": "cpu", "pin_memory": 2}), "true or false"),
+        (
+            offload(3, offload_param={"pin_memory": True}, offload_optimizer={"pin_memory": False}),
+            "the same for all",
+        ),
         ({"zero_optimization": 2}, "an object of options"),
         ({"gradient_clipping": 1.0}, "and the command 0.5"),
         ({"train_batch_size": 16}, "and the command 32"),

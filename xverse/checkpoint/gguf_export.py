@@ -1,7 +1,8 @@
 """MODEL -> GGUF. A model folder (or GGUF file) as one GGUF file that llama.cpp runs.
 
 Written in the ways of llama.cpp's own converters: the rows of q and k are paired for its rotary
-embedding, norms and biases stay fp32, and the mixed kinds keep the head at six bits.
+embedding, the experts of a block are one stack, norms, biases and routers stay fp32, and the mixed
+kinds keep the head at six bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xverse.checkpoint import gguf
+from xverse.checkpoint.gguf import GgufFile
 from xverse.checkpoint.gguf_blocks import kind_named
-from xverse.checkpoint.gguf_tokenizer import tokenizer_of
+from xverse.checkpoint.gguf_config import ROPE_DIVISORS, numbers_of
+from xverse.checkpoint.gguf_tokenizer import CHAT_FORMAT, tokenizer_of
 from xverse.checkpoint.gguf_vocab import differing, vocabulary_of
+from xverse.checkpoint.gguf_weights import pair_halves, stored_name
 from xverse.checkpoint.gguf_write import Outgoing, write_gguf
 from xverse.checkpoint.load import Checkpoint, open_checkpoint, open_tokenizer
 from xverse.checkpoint.plain import plain_weights
-from xverse.checkpoint.weights import TensorInfo, Weights
+from xverse.checkpoint.save import expert_name, published_tensors
+from xverse.checkpoint.weights import TensorInfo, Weights, is_router
 from xverse.errors import XverseError
 from xverse.log import logger
 from xverse.model.decoder import Decoder
@@ -66,24 +70,24 @@ class Exported:
 def export_gguf(model: Path, target: Path, type: str = "f16") -> Exported:
     """Write the model folder or GGUF file `model` to the new file `target`, of `TYPES[type]`.
 
-    One tensor is in memory at a time; `target` appears whole or not at all. Quantized folders are
-    computed back to numbers first. Raises XverseError for models or tokenizers that llama.cpp has
-    no form for.
+    One tensor, of a mixture one expert's, is in memory at a time; `target` appears whole or not at
+    all. Quantized folders are computed back to numbers first. Raises XverseError for models or
+    tokenizers that llama.cpp has no form for.
     """
     checkpoint, tokenizer = open_checkpoint(model), open_tokenizer(model)
     shape = checkpoint.shape
-    _refuse(shape)
+    numbers = numbers_of(shape)  # first: it refuses what llama.cpp has no form for
     tensors = _tensors(shape, plain_weights(checkpoint), type)
     metadata = {
+        **numbers,
         **_general(checkpoint, type),
-        **_numbers(shape),
         **vocabulary_of(tokenizer, shape.vocab_size, checkpoint.end_ids),
         **_template(checkpoint, tokenizer),
     }
     write_gguf(target, metadata, tensors)
     kinds = [tensor.kind for tensor in tensors]
     _name_others(type, kinds)
-    checked, wrong = differing(tokenizer, tokenizer_of(gguf.GgufFile.open(target)))
+    checked, wrong = differing(tokenizer, tokenizer_of(GgufFile.open(target)))
     if wrong:
         logger.warning("%d of %d texts have other ids in %s", wrong, checked, target.name)
     return Exported(
@@ -104,84 +108,45 @@ def _name_others(type: str, kinds: list[str]) -> None:
         )
 
 
-def _refuse(shape: ModelShape) -> None:
-    scaling = shape.rope_scaling
-    if shape.num_experts:
-        why = "llama.cpp has no architecture with XVERSE's mixture of experts"
-    elif scaling is not None and scaling.rope_type == "dynamic":
-        why = "its rotary base grows with the text (dynamic NTK), and llama.cpp has no such scaling"
-    else:
-        return
-    raise XverseError(
-        "This model can't be written as a GGUF file.",
-        f"{why[0].upper()}{why[1:]}.",
-        "Export to safetensors instead.",
-    )
-
-
-def _architecture(shape: ModelShape) -> str:
-    """llama.cpp's "xverse" has a head of its own, no biases, and heads that make up the width."""
-    plain = not (shape.tie_word_embeddings or shape.attention_bias or shape.mlp_bias)
-    whole = shape.head_dim * shape.num_attention_heads == shape.hidden_size
-    unscaled = shape.rope_scaling is None or shape.rope_scaling.rope_type == "linear"
-    return "xverse" if shape.model_type == "xverse" and plain and whole and unscaled else "llama"
-
-
 def _general(checkpoint: Checkpoint, type: str) -> dict[str, object]:
     return {
-        "general.architecture": _architecture(checkpoint.shape),
         "general.name": checkpoint.title,
         "general.file_type": TYPES[type][1],
         "general.quantization_version": QUANTIZATION_VERSION,
     }
 
 
-def _numbers(shape: ModelShape) -> dict[str, object]:
-    numbers: dict[str, object] = {
-        "vocab_size": shape.vocab_size,
-        "context_length": shape.max_position_embeddings,
-        "embedding_length": shape.hidden_size,
-        "block_count": shape.num_hidden_layers,
-        "feed_forward_length": shape.intermediate_size,
-        "attention.head_count": shape.num_attention_heads,
-        "attention.head_count_kv": shape.num_key_value_heads,
-        "attention.key_length": shape.head_dim,
-        "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": shape.rms_norm_eps,
-        "rope.dimension_count": shape.head_dim,
-        "rope.freq_base": shape.rope_theta,
-    }
-    scaling = shape.rope_scaling
-    if scaling is not None and scaling.rope_type == "linear":
-        numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
-    return {f"{_architecture(shape)}.{key}": value for key, value in numbers.items()}
-
-
 def _template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, object]:
     if checkpoint.shape.model_type != "xverse" and tokenizer.chat_template is None:
         return {}
-    template = chat_format(checkpoint.config, tokenizer).template
+    chat = chat_format(checkpoint.config, tokenizer)
+    template = chat.template
     if len(template.encode()) == CUT_LENGTH:
         template += "\n"  # which Jinja takes away again
-    return {"tokenizer.chat_template": template}
+    return {"tokenizer.chat_template": template, CHAT_FORMAT: chat.name}
 
 
 def _tensors(shape: ModelShape, weights: Weights, type: str) -> list[Outgoing]:
     """All tensors of the file; XverseError where the weights are not those of `shape`."""
     infos = weights.infos()
     with torch.device("meta"):
-        wanted = {name: tuple(one.shape) for name, one in Decoder(shape).state_dict().items()}
+        decoder = Decoder(shape)
     if shape.tie_word_embeddings:
         infos.pop("lm_head.weight", None)
-    _compare(wanted, infos)
+    _compare({name: tuple(one.shape) for name, one in published_tensors(decoder)}, infos)
     tensors = []
-    for name, dims in wanted.items():
-        read = _reading(name, shape, partial(weights.read, name, infos[name].dtype))
-        kind = _kind(name, dims, shape, type)
-        tensors.append(Outgoing(_stored_name(name), dims, kind, read))
+    for name, tensor in decoder.state_dict().items():
+        dims = tuple(tensor.shape)
+        stack = name.removesuffix(".weight")
+        names = [f"{expert_name(stack, at)}.weight" for at in range(dims[0])]
+        parts = [
+            _reading(one, shape, partial(weights.read, one, infos[one].dtype))
+            for one in (names if len(dims) == 3 else [name])
+        ]
+        tensors.append(Outgoing(stored_name(name), dims, _kind(name, dims, shape, type), parts))
     divisors = _divisors(shape)
     if divisors is not None:
-        tensors.append(Outgoing(gguf.ROPE_DIVISORS, tuple(divisors.shape), "F32", lambda: divisors))
+        tensors.append(Outgoing(ROPE_DIVISORS, tuple(divisors.shape), "F32", [lambda: divisors]))
     return tensors
 
 
@@ -198,27 +163,17 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], infos: Mapping[str, TensorIn
         )
 
 
-def _stored_name(name: str) -> str:
-    """llama.cpp's name of the tensor that Hugging Face calls `name`."""
-    module, _, what = name.rpartition(".")
-    if module.startswith("model.layers."):
-        layer, _, part = module.removeprefix("model.layers.").partition(".")
-        stored = next(key for key, value in gguf.IN_LAYERS.items() if value == part)
-        return f"blk.{layer}.{stored}.{what}"
-    return f"{next(k for k, v in gguf.OUTSIDE_LAYERS.items() if v == module)}.{what}"
-
-
 def _reading(name: str, shape: ModelShape, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
     heads = {
         "q_proj": shape.num_attention_heads,
         "k_proj": shape.num_key_value_heads,
     }.get(name.split(".")[-2])
-    return read if heads is None else lambda: gguf.pair_halves(read(), heads)
+    return read if heads is None else lambda: pair_halves(read(), heads)
 
 
 def _kind(name: str, dims: tuple[int, ...], shape: ModelShape, type: str) -> str:
     """The kind of one tensor: llama.cpp's mixtures, where q4_k is its Q4_K_M."""
-    if len(dims) == 1:
+    if len(dims) == 1 or is_router(name):
         return "F32"
     kind = TYPES[type][0]
     head = "lm_head" if not shape.tie_word_embeddings else "embed_tokens"

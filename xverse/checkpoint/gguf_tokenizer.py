@@ -19,6 +19,7 @@ from xverse.text.tokenizer import Tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 SENTENCEPIECE_ROLES = {"unknown": 0, "bos": 1, "eos": 2}  # where the file names none
 FRAME = ("bos", "eos")  # what may stand before and behind a text
+CHAT_FORMAT = "xverse.chat_format"  # a key of our own: as tokenizer_config.json names the format
 
 # Deriving merges looks at every way to cut a token in two, so tokens may not be arbitrarily long.
 MAX_PIECE_CHARACTERS = 256
@@ -72,6 +73,9 @@ def tokenizer_of(file: GgufFile) -> Tokenizer:
         backend, add_bos = _sentencepiece(vocabulary), True
     vocabulary.add_special(backend)
     config = vocabulary.frame(backend, add_bos)
+    named = file.get(CHAT_FORMAT, str)
+    if named is not None:
+        config["xverse_chat_format"] = named
     return Tokenizer(
         backend,
         bos_token=vocabulary.named("bos"),

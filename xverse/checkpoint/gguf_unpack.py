@@ -9,9 +9,11 @@ from torch import Tensor
 
 from xverse.checkpoint.convert import save_tokenizer, save_weights
 from xverse.checkpoint.folder import write_manifest
-from xverse.checkpoint.gguf import GgufFile, GgufWeights, config_of
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_config import config_of
 from xverse.checkpoint.gguf_tokenizer import tokenizer_of
-from xverse.checkpoint.weights import TensorInfo
+from xverse.checkpoint.gguf_weights import GgufWeights
+from xverse.checkpoint.weights import TensorInfo, is_router
 from xverse.checkpoint.whole import require_space, whole_folder
 from xverse.files import write_json
 from xverse.log import progress
@@ -31,7 +33,7 @@ def unpack_gguf(source: Path, target: Path) -> torch.dtype:
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for name in progress(infos, total=len(infos), label="unpacking"):
-            yield name, weights.read(name, dtype)
+            yield name, weights.read(name, torch.float32 if is_router(name) else dtype)
 
     with whole_folder(target.expanduser().absolute()) as aside:
         numbers = sum(prod(info.shape) for info in infos.values())

@@ -25,12 +25,16 @@ U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # the types of metadata v
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be: `shape` in PyTorch's order, rows first; `read` gives it, of any dtype."""
+    """A tensor to be: `shape` in PyTorch's order, rows first.
+
+    `parts` give it, of any dtype, one behind the other along the first axis: whole where it is one,
+    or of a stack matrix by matrix.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: str  # "F16", "Q4_0", ...
-    read: Callable[[], Tensor]
+    parts: Sequence[Callable[[], Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +44,7 @@ class Outgoing:
 
 
 def write_gguf(path: Path, metadata: Mapping[str, object], tensors: Sequence[Outgoing]) -> None:
-    """Write `path` whole or not at all; one tensor is in memory at a time.
+    """Write `path` whole or not at all; one part of a tensor is in memory at a time.
 
     Metadata values are str, bool, int (0..2^32-1), float, or a list of one of these (ints signed).
     Raises XverseError where the file is there already, the disk is too small, or a tensor holds
@@ -61,17 +65,25 @@ def write_gguf(path: Path, metadata: Mapping[str, object], tensors: Sequence[Out
 
 def _packed(tensor: Outgoing) -> Iterator[memoryview]:
     """The tensor's blocks, in pieces."""
-    kind, values = kind_named(tensor.kind), tensor.read()
-    assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)}"
-    for piece in values.reshape(-1).split(ELEMENTS_AT_ONCE):
-        numbers = piece.float()
-        if not bool((numbers.abs() < LARGEST.get(tensor.kind, LARGEST_PACKED)).all()):
-            raise XverseError(
-                f"{tensor.name} can't be written as {tensor.kind}.",
-                f"It holds {float(numbers.abs().max()):.3g}, and {tensor.kind} has no such number.",
-                "Choose --type bf16; a number that is not finite means a damaged checkpoint.",
-            )
-        yield pack(tensor.kind, numbers.view(-1, kind.elements)).numpy().data
+    kind, elements = kind_named(tensor.kind), 0
+    for read in tensor.parts:
+        values = read()
+        elements += values.numel()
+        for piece in values.reshape(-1).split(ELEMENTS_AT_ONCE):
+            numbers = piece.float()
+            _require_range(tensor, numbers)
+            yield pack(tensor.kind, numbers.view(-1, kind.elements)).numpy().data
+    assert elements == math.prod(tensor.shape), f"{tensor.name}: {elements} elements"
+
+
+def _require_range(tensor: Outgoing, numbers: Tensor) -> None:
+    """Raise XverseError where the tensor's kind has no such numbers."""
+    if not bool((numbers.abs() < LARGEST.get(tensor.kind, LARGEST_PACKED)).all()):
+        raise XverseError(
+            f"{tensor.name} can't be written as {tensor.kind}.",
+            f"It holds {float(numbers.abs().max()):.3g}, and {tensor.kind} has no such number.",
+            "Choose --type bf16; a number that is not finite means a damaged checkpoint.",
+        )
 
 
 def _header(metadata: Mapping[str, object], tensors: Sequence[Outgoing]) -> bytes:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from xverse import device as devices
-from xverse.checkpoint import gguf, gguf_tokenizer
 from xverse.checkpoint.folder import ModelFolder
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_config import config_of
+from xverse.checkpoint.gguf_tokenizer import tokenizer_of
+from xverse.checkpoint.gguf_weights import GgufWeights
 from xverse.checkpoint.quantized import (
     LayerFiles,
     expect,
@@ -21,7 +24,7 @@ from xverse.checkpoint.quantized import (
 )
 from xverse.checkpoint.resolve import resolve, title_of
 from xverse.checkpoint.save import expert_name
-from xverse.checkpoint.weights import TensorInfo, Weights, open_weights
+from xverse.checkpoint.weights import TensorInfo, Weights, is_router, open_weights
 from xverse.errors import XverseError
 from xverse.log import logger, progress
 from xverse.model.decoder import Decoder
@@ -93,8 +96,8 @@ def load(
     path, title = resolve(model), title_of(model)
     weights: Weights
     if _is_gguf(path):
-        file = gguf.GgufFile.open(path)
-        checkpoint, weights = _gguf_checkpoint(file, path, title), gguf.GgufWeights(file)
+        file = GgufFile.open(path)
+        checkpoint, weights = _gguf_checkpoint(file, path, title), GgufWeights(file)
     else:
         checkpoint, weights = open_checkpoint(path, title), open_weights(path)
     reads = open_tokenizer(path if tokenizer is None else resolve(tokenizer))
@@ -112,7 +115,7 @@ def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
     """Read the configs of a folder or GGUF file; no weights, no tokenizer."""
     title = title or title_of(path)
     if _is_gguf(path):
-        return _gguf_checkpoint(gguf.GgufFile.open(path), path, title)
+        return _gguf_checkpoint(GgufFile.open(path), path, title)
     folder = ModelFolder.open(path)
     shape = ModelShape.from_config(folder.config)
     return Checkpoint(title, path, shape, folder.config, folder.generation_config)
@@ -121,12 +124,12 @@ def open_checkpoint(path: Path, title: str | None = None) -> Checkpoint:
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a folder or GGUF file; no weights."""
     if _is_gguf(path):
-        return gguf_tokenizer.tokenizer_of(gguf.GgufFile.open(path))
+        return tokenizer_of(GgufFile.open(path))
     return Tokenizer.load(path)
 
 
-def _gguf_checkpoint(file: gguf.GgufFile, path: Path, title: str) -> Checkpoint:
-    config = gguf.config_of(file)
+def _gguf_checkpoint(file: GgufFile, path: Path, title: str) -> Checkpoint:
+    config = config_of(file)
     return Checkpoint(title, path, ModelShape.from_config(config), config, {})
 
 
@@ -220,8 +223,7 @@ class Reader:
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         expect(self.infos, name, tuple(shape))
         self.asked.add(name)
-        # The router decides in fp32, so its weight keeps what the file has of it.
-        wanted = torch.float32 if name.endswith("mlp.router.weight") else self.dtype
+        wanted = torch.float32 if is_router(name) else self.dtype
         return self.weights.read(name, wanted).to(self.device)
 
     def _plain(self, module: nn.Module, prefix: str) -> None:

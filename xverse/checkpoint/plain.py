@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from xverse.checkpoint import gguf
+from xverse.checkpoint.gguf import GgufFile
+from xverse.checkpoint.gguf_weights import GgufWeights
 from xverse.checkpoint.load import Checkpoint
 from xverse.checkpoint.quantized import (
     LayerFiles,
@@ -29,7 +30,7 @@ def plain_weights(checkpoint: Checkpoint) -> Weights:
     Those of a quantized folder are computed back to fp32 as each is read.
     """
     if checkpoint.path.is_file():
-        return gguf.GgufWeights(gguf.GgufFile.open(checkpoint.path))
+        return GgufWeights(GgufFile.open(checkpoint.path))
     weights = open_weights(checkpoint.path)
     quantized = checkpoint.config.get("quantization_config")
     if not isinstance(quantized, Mapping):

@@ -115,12 +115,8 @@ def expect(infos: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -
 def put_parts(layer: QuantizedLinear, parts: list[Parts], device: torch.device) -> None:
     """Put what is stored into the empty `layer`; of a stack, the parts of all experts."""
     stacked = layer.weight.dim() == 3
-    if stacked and any(one.order is not None for one in parts):
-        raise XverseError(
-            "The experts of this folder have sorted columns (GPTQ's desc_act).",
-            "Each has an order of its own, and a stack of experts has one.",
-            "Take the unquantized checkpoint, and quantize it with `xverse quantize`.",
-        )
+    if any(one.order is not None for one in parts):
+        parts = [_with_order(one, layer.inputs) for one in parts]
     for name in Parts._fields:
         tensors = [getattr(one, name) for one in parts]
         if tensors[0] is None:
@@ -129,6 +125,11 @@ def put_parts(layer: QuantizedLinear, parts: list[Parts], device: torch.device) 
             joined = torch.stack(tensors) if stacked else tensors[0]
             # Kernels read rows as they lie; some formats store columns.
             setattr(layer, name, joined.to(device).contiguous())
+
+
+def _with_order(parts: Parts, columns: int) -> Parts:
+    """The same with an order, of columns that lie as they should: in a stack all have one."""
+    return parts if parts.order is not None else parts._replace(order=torch.arange(columns))
 
 
 def is_zero_bias(weights: Weights, infos: Mapping[str, TensorInfo], name: str) -> bool:

@@ -44,7 +44,7 @@ def _one(layer: QuantizedLinear, number: int | None) -> QuantizedLinear:
     zero = None if layer.zero is None else layer.zero[at].cpu()
     bias = None if layer.bias is None else layer.bias.detach().cpu()
     weight, scale = layer.weight[at].cpu(), layer.scale[at].cpu()
-    return QuantizedLinear(weight, scale, bias, layer.scheme, zero, layer.order)
+    return QuantizedLinear(weight, scale, bias, layer.scheme, zero, layer.order_of(number))
 
 
 def expert_name(prefix: str, number: int) -> str:

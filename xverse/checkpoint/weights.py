@@ -78,6 +78,11 @@ def is_dropped(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
+def is_router(name: str) -> bool:
+    """Whether `name` is what a router decides by: in fp32, so it keeps what the file has of it."""
+    return name.endswith("mlp.router.weight")
+
+
 def open_weights(folder: Path) -> Weights:
     """The weights in `folder`: safetensors before PyTorch pickles, one file before shards.
 

@@ -21,7 +21,8 @@ Object = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One object of a file, and the line on which it begins (of a parquet file: its number)."""
+    """One object of a file, and the line on which it begins; its number from 1 on in a parquet
+    file, and in an array that is one line."""
 
     value: Object
     number: int
@@ -128,10 +129,11 @@ def _read_array(unit: Unit, report: Report) -> Iterator[Row]:
     text = _text(unit, report)
     decoder = json.JSONDecoder()
     at = _skip(text, text.index("[") + 1) if "[" in text else len(text)
-    line, counted = 1, 0
+    one_line = "\n" not in text.strip()
+    line, counted = 0 if one_line else 1, 0
     why = "the array has no end"
     while at < len(text) and text[at] != "]":
-        line, counted = line + text.count("\n", counted, at), at
+        line, counted = line + (1 if one_line else text.count("\n", counted, at)), at
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -151,7 +153,7 @@ def _read_array(unit: Unit, report: Report) -> Iterator[Row]:
     else:
         if at < len(text):
             return
-    report.skip(unit, line, "bad JSON", f"the rest is left out: {why}"[:200])
+    report.skip(unit, max(1, line), "bad JSON", f"the rest is left out: {why}"[:200])
 
 
 def _skip(text: str, at: int) -> int:

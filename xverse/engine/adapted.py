@@ -5,7 +5,7 @@ an adapter runs as if there were none.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,7 @@ class Change:
     a_RD: Tensor
     b_NR: Tensor
     gain_N: Tensor | None = None
+    parts: tuple[tuple[int, int], ...] = ()  # outputs and rank of each published layer
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +62,32 @@ class Change:
         return (sum_TN - bias_N) * self.gain_N + bias_N
 
 
+@dataclass(eq=False)
+class Loaded:
+    """An adapter in memory. Its `number` is never given again: keys and values that were computed
+    with it are found by it. `users` are the requests that have it."""
+
+    name: str
+    number: int
+    changes: dict[str, Change]
+    users: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(change.nbytes for change in self.changes.values())
+
+
+# Adds in place, by name of layer, to its outputs what adapters in slots make of its inputs.
+AddInSlots = Callable[[str, Tensor, Tensor, Tensor | None], None]
+
+
 @dataclass
 class Groups:
     """Which rows of the step under way are changed how: changes by name of layer, and the rows,
-    None for all."""
+    None for all; or by what lies in slots (`adapter_slots.py`)."""
 
     now: list[tuple[Mapping[str, Change], Tensor | None]] = field(default_factory=list)
+    in_slots: AddInSlots | None = None
 
 
 class Adapted(nn.Module):
@@ -79,6 +100,8 @@ class Adapted(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TN: Tensor = self.layer(x_TD)
         bias = getattr(self.layer, "bias", None)
+        if self.groups.in_slots is not None:
+            self.groups.in_slots(self.name, y_TN, x_TD, bias)
         for changes, rows in self.groups.now:
             change = changes.get(self.name)
             if change is None:
@@ -161,8 +184,10 @@ def _joined(
     lengths: Tensor | None = None
     gain_N = torch.ones(total, device=device)
     row = column = 0
+    ranks: list[tuple[int, int]] = []
     for part, rows in zip(parts, outputs, strict=True):
         change = adapter.weights.get(part)
+        ranks.append((rows, 0 if change is None else change.rank))
         if change is not None:
             block = change.b_NR.float().to(device) * adapter.scale(part)
             b_NR[row : row + rows, column : column + change.rank] = block
@@ -172,7 +197,7 @@ def _joined(
             column += change.rank
         row += rows
     if lengths is None:
-        return Change(a_RD.to(twin.dtype), b_NR.to(twin.dtype))
+        return Change(a_RD.to(twin.dtype), b_NR.to(twin.dtype), parts=tuple(ranks))
     summed_ND = matrix_of(layer).to(device) + b_NR @ a_RD
     norms_N = torch.linalg.vector_norm(summed_ND, dim=1)
     row = 0
@@ -180,7 +205,8 @@ def _joined(
         if part in here and adapter.weights[part].magnitude_N is not None:
             gain_N[row : row + rows] /= norms_N[row : row + rows]
         row += rows
-    return Change(a_RD.to(twin.dtype), b_NR.to(twin.dtype), gain_N.to(twin.dtype))
+    factors = a_RD.to(twin.dtype), b_NR.to(twin.dtype)
+    return Change(*factors, gain_N.to(twin.dtype), tuple(ranks))
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

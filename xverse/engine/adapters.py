@@ -7,29 +7,18 @@ memory is free when the last of them ends.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 
+import numpy
 import torch
+from torch import Tensor
 
 from xverse.checkpoint.adapter import Adapter
-from xverse.engine.adapted import Change, Groups, adapted, changes_of
+from xverse.engine.adapted import Groups, Loaded, adapted, changes_of
+from xverse.engine.adapter_slots import NOBODY, AdapterSlots
+from xverse.engine.memory import out_of_memory
+from xverse.engine.transfer import upload
 from xverse.errors import XverseError
 from xverse.model.decoder import Decoder
-
-
-@dataclass(eq=False)
-class Loaded:
-    """An adapter in memory. Its `number` is never given again: keys and values that were computed
-    with it are found by it. `users` are the requests that have it."""
-
-    name: str
-    number: int
-    changes: dict[str, Change]
-    users: int = 0
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(change.nbytes for change in self.changes.values())
 
 
 class Adapters:
@@ -42,6 +31,23 @@ class Adapters:
         self._known: dict[str, Loaded] = {}
         self._leaving: list[Loaded] = []
         self._next = 1
+        self.slots: AdapterSlots | None = None
+
+    def take_slots(self, count: int, rank: int) -> None:
+        """Have slots from now on, for a runner whose steps are captured; once for all. XverseError
+        where the memory is not there."""
+        if not count or self.slots is not None:
+            return
+        try:
+            self.slots = AdapterSlots(self._twin, count, rank)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise XverseError(
+                f"There is no memory for {count} adapters of rank {rank} in captured steps.",
+                str(error).splitlines()[0],
+                "Lower adapter_slots or adapter_rank; adapter_slots 0 does without, slower.",
+            ) from error
 
     @property
     def names(self) -> list[str]:
@@ -106,9 +112,12 @@ class Adapters:
     def over(self, owners: Sequence[Loaded | None]) -> Iterator[Decoder]:
         """The decoder whose first rows belong to these adapters, one each; more rows to none,
         unless all are of one."""
+        slot_T = self._slots_of(owners)
+        if self.slots is not None and slot_T is not None:
+            self._groups.in_slots = self.slots.behind(slot_T)
         self._groups.now = []
         for loaded in dict.fromkeys(owners):
-            if loaded is None:
+            if loaded is None or (self.slots is not None and self.slots.of(loaded) is not None):
                 continue
             own = [row for row, owner in enumerate(owners) if owner is loaded]
             rows = None
@@ -118,7 +127,17 @@ class Adapters:
         try:
             yield self._twin
         finally:
-            self._groups.now = []
+            self._groups.now, self._groups.in_slots = [], None
+
+    def _slots_of(self, owners: Sequence[Loaded | None]) -> Tensor | None:
+        """The slot of each row, on the device; None where nobody has one."""
+        if self.slots is None:
+            return None
+        by_owner = {owner: self.slots.of(owner) for owner in dict.fromkeys(owners)}
+        slots = {owner: NOBODY if slot is None else slot for owner, slot in by_owner.items()}
+        if all(slot == NOBODY for slot in slots.values()):
+            return None
+        return upload([slots[owner] for owner in owners], self._twin.device, numpy.int32)
 
     def _require(self, name: str) -> Loaded:
         if name not in self._known:

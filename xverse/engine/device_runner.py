@@ -29,15 +29,14 @@ from xverse.engine.runner import (
     choose,
     choosing,
     choosing_rows,
-    fetch,
     owners_of,
     reading_rows,
     score,
-    upload,
 )
 from xverse.engine.sampler import Sampler, not_a_number
 from xverse.engine.scheduler import Chunk, Generation
 from xverse.engine.step import unfit
+from xverse.engine.transfer import fetch, upload
 from xverse.kernels.dispatch_quantized import WHOLE_ROWS
 from xverse.log import warn_once
 from xverse.model.decoder import Decoder
@@ -45,7 +44,7 @@ from xverse.model.decoder import Decoder
 
 class DeviceRunner:
     """Decoding rows go through captured steps, prompts through `PromptStep`, all of one stream;
-    with adapters decoding rows go the way of prompts, each of which may have another.
+    rows whose adapter has no slot go the way of prompts, each of which may have another.
 
     `slots` sequences at most run at once; `spare` is a page of the pool that none of them has.
     """
@@ -67,7 +66,8 @@ class DeviceRunner:
         self.sampler = DeviceSampler(slots, decoder.shape.vocab_size, kv.device)
         self.prompts = PromptStep(decoder, kv)
         turns = self.prompts.cos_SE, self.prompts.sin_SE
-        self.steps = CapturedSteps(decoder, kv, self.tables_SP, self.latest_S, turns)
+        in_slots = None if adapters is None else adapters.slots
+        self.steps = CapturedSteps(decoder, kv, self.tables_SP, self.latest_S, turns, in_slots)
         self._seated: list[Table | None] = [None] * slots
 
     @classmethod
@@ -89,11 +89,13 @@ class DeviceRunner:
         """Send the step off. Waits for the device only where prompt tokens are to be scored, or
         guesses to be judged."""
         self._seat(chunks)
+        if self.adapters is not None and self.adapters.slots is not None:
+            self.adapters.slots.seat(chunk.generation.adapter for chunk in chunks)
         flight = Flight(chunks, [], list)
         # The longest first: they start together, and the short ones fill up behind them.
-        decoding = [chunk for chunk in reversed(chunks) if _decodes(chunk)]
+        decoding = [chunk for chunk in reversed(chunks) if self._decodes(chunk)]
         guessing = [chunk for chunk in chunks if chunk.draft]
-        prompts = [chunk for chunk in chunks if not (chunk.draft or _decodes(chunk))]
+        prompts = [chunk for chunk in chunks if not (chunk.draft or self._decodes(chunk))]
         others, found = [*guessing, *prompts], []
         if others:
             hidden_RD = self._prompts_hidden(others)
@@ -129,6 +131,8 @@ class DeviceRunner:
         with torch.inference_mode():
             for size in sorted({padded(rows) for rows in range(1, self.slots + 1)}, reverse=True):
                 self.steps.prepare(size)
+                if self.steps.adapters is not None:
+                    self.steps.prepare(size, adapted=True)
 
     def rehearse(self, step_tokens: int) -> int:
         """Run the largest steps on the spare page; the most bytes they took beside what stays.
@@ -150,8 +154,14 @@ class DeviceRunner:
                 rows = self._prompt_rows([(self.slots, 0, n) for n in counts])
                 hidden_TD = self.prompts(rows, self.decoder)
                 del hidden_TD
+                if self.adapters is not None:
+                    with self.adapters.over(()) as twin:
+                        self.prompts(rows, twin)
             prompts = torch.cuda.max_memory_allocated(device) - before
             logits_BV = self.steps.rehearse(self.slots)
+            if self.steps.adapters is not None:
+                del logits_BV
+                logits_BV = self.steps.rehearse(self.slots, adapted=True)
             slots_B = torch.arange(self.slots, device=device)
             self.sampler.choose(logits_BV, slots_B, [Row(i, 0) for i in range(self.slots)])
         torch.cuda.synchronize(device)
@@ -205,9 +215,16 @@ class DeviceRunner:
             self.tables_SP.view(-1).index_copy_(0, both[0], both[1].int())
 
     def _inputs(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Slot, position and id (UNKNOWN: the slot's latest) of each decoding row, [3, B] int32."""
+        """Slot, position and id (UNKNOWN: the slot's latest) of each decoding row, and the slot of
+        its adapter where any has one; [3, B] or [4, B] int32."""
         some = [chunk.generation for chunk in chunks]
-        rows = [[g.slot for g in some], [g.held for g in some], [g.ids[g.held] for g in some]]
+        rows: list[list[int | None]] = [
+            [g.slot for g in some],
+            [g.held for g in some],
+            [g.ids[g.held] for g in some],
+        ]
+        if any(generation.adapter for generation in some):
+            rows.append([self._adapter_slot(generation) for generation in some])
         return self._upload(rows, numpy.int32)
 
     def _prompts(self, chunks: Sequence[Chunk]) -> Prompts:
@@ -256,18 +273,21 @@ class DeviceRunner:
         more = -span[2] % WHOLE_MULTIPLE
         return [span, (self.slots, 0, more)] if more else [span]
 
+    def _decodes(self, chunk: Chunk) -> bool:
+        """Whether a captured step computes it."""
+        generation = chunk.generation
+        if generation.adapter is not None and self._adapter_slot(generation) is None:
+            return False
+        return chunk.rows == 1 and chunk.chooses and generation.unscored >= len(generation.ids)
+
+    def _adapter_slot(self, generation: Generation) -> int | None:
+        """The slot of a generation's adapter; None where it has none."""
+        slots = None if self.adapters is None else self.adapters.slots
+        return None if slots is None else slots.of(generation.adapter)
+
     def _upload(self, numbers: object, dtype: object = numpy.int64) -> Tensor:
         """A copy on the device that nobody waits for."""
         return upload(numbers, self.kv.device, dtype)
-
-
-def _decodes(chunk: Chunk) -> bool:
-    """Whether a captured step computes it; with an adapter, none does."""
-    generation = chunk.generation
-    if generation.adapter is not None:
-        warn_once("tokens with an adapter are computed without CUDA graphs, and slower")
-        return False
-    return chunk.rows == 1 and chunk.chooses and generation.unscored >= len(generation.ids)
 
 
 def _read(picked: Picked, wanted: Sequence[int | None]) -> Callable[[], list[Choice]]:

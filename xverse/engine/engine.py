@@ -241,6 +241,9 @@ class Engine:
     def _runner(self, kv: Paged) -> Runner:
         if DeviceRunner.why_not(self.decoder, kv):
             return PlainRunner(self.decoder, kv, self._adapters)
+        if self._adapters is not None:
+            assert self.options.adapter_slots is not None, "EngineOptions.on leaves nothing open"
+            self._adapters.take_slots(self.options.adapter_slots, self.options.adapter_rank)
         spare = kv.pages - 1
         return DeviceRunner(
             self.decoder, kv, slots=self.max_running, spare=spare, adapters=self._adapters

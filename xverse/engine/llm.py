@@ -48,8 +48,9 @@ class LLM:
     `deterministic` it never does. `share_prefixes`: common beginnings are computed once; by default
     with `deterministic`, which keeps the last bits equal, and on a GPU. `adapters` are folders of
     LoRA adapters by the names that requests ask for; of names there may be `max_adapters`, by
-    default as many, in `adapter_bytes` of memory together. `host_embedding` leaves the table of
-    token vectors, of which a token needs one row, out of the GPU's memory: 0.8 GiB of a 7B model.
+    default as many, in `adapter_bytes` of memory together; `adapter_slots` and `adapter_rank` are
+    those of `EngineOptions`. `host_embedding` leaves the table of token vectors, of which a token
+    needs one row, out of the GPU's memory: 0.8 GiB of a 7B model.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         max_adapters: int | None = None,
         adapter_bytes: int = 2**30,
+        adapter_slots: int | None = None,
+        adapter_rank: int = 32,
         host_embedding: bool = False,
     ) -> None:
         most = len(adapters or ()) if max_adapters is None else max_adapters
@@ -87,6 +90,8 @@ class LLM:
             else share_prefixes,
             max_adapters=most,
             adapter_bytes=adapter_bytes,
+            adapter_slots=adapter_slots,
+            adapter_rank=adapter_rank,
         )
         self.model: Model
         self.engine: Engine | SpreadEngine

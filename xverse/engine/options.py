@@ -9,7 +9,10 @@ from xverse.errors import XverseError
 from xverse.kernels.multiply import ROWS
 
 CPU_STEP, CPU_RUNNING = 512, 64
+SLOTS = 8  # of adapters, 160 MB each at rank 32 of a 7B model
 GPU_STEP, GPU_RUNNING = 8192, 256  # a step of 8,192 tokens of a 7B model takes an H200 0.2 s
+
+_OF_ADAPTERS = {"max_adapters": 0, "adapter_bytes": 1, "adapter_slots": 0, "adapter_rank": 1}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class EngineOptions:
     `speculate`: so many tokens at most are guessed from what a sequence holds already and computed
     beside the one that is due, while few run; answers stay the same. 0 is off.
     `max_adapters`: so many adapters may be loaded at once, in `adapter_bytes` together; 0 is off.
+    On a GPU captured steps serve `adapter_slots` of them at once, each of a rank up to
+    `adapter_rank`, in memory of its own; by default one more than may be loaded, since an adapter
+    that is replaced is in use for a while, and 8 at most.
     """
 
     kv_tokens: int | None = None
@@ -39,6 +45,8 @@ class EngineOptions:
     speculate: int = 0
     max_adapters: int = 0
     adapter_bytes: int = 2**30
+    adapter_slots: int | None = None
+    adapter_rank: int = 32
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page_size", "step_tokens", "max_running"):
@@ -56,8 +64,10 @@ class EngineOptions:
                 "product computes at the price of one.",
                 "Give 8, or 0 to guess nothing.",
             )
-        for name, least in (("max_adapters", 0), ("adapter_bytes", 1)):
+        for name, least in _OF_ADAPTERS.items():
             value = getattr(self, name)
+            if name == "adapter_slots" and value is None:
+                continue
             if type(value) is not int or not least <= value <= 2**50:
                 raise XverseError(
                     f"{name} cannot be {value!r:.60}.",
@@ -90,4 +100,7 @@ class EngineOptions:
         # Each sequence has a page at least; memory for more of them would lie idle.
         pages = -(-(self.kv_tokens or step * self.page_size) // self.page_size)
         running = self.max_running or min(step, pages, GPU_RUNNING if gpu else CPU_RUNNING)
-        return replace(self, step_tokens=step, max_running=running)
+        slots = self.adapter_slots
+        if slots is None:
+            slots = min(self.max_adapters + 1, SLOTS) if self.max_adapters else 0
+        return replace(self, step_tokens=step, max_running=running, adapter_slots=slots)

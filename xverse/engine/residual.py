@@ -5,12 +5,12 @@ the weights, and what stands around a product happens inside it. Beyond, it is a
 arithmetic: cuBLAS multiplies, and the sum and its norm, and SwiGLU, are one pass over memory each.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from xverse.kernels import dispatch, dispatch_quantized
@@ -18,11 +18,22 @@ from xverse.kernels.look_up import look_up
 from xverse.kernels.reference import Norm
 from xverse.kernels.tiles import FEW_BITS_ROWS, MOST_ROWS
 from xverse.model.decoder import Decoder
+from xverse.model.embedding import Embedding
+from xverse.model.linear import Linear
 from xverse.parallel.tensor import Reduce
 from xverse.quant.linear import QuantizedLinear
 from xverse.quant.scheme import Scheme
 
 Matrix = Tensor | QuantizedLinear  # [N, D]; as a layer it has its own bias
+Product = Callable[[Tensor, Matrix, Tensor | None], Tensor]  # x @ w.T + bias
+
+
+def matrix(layer: nn.Module) -> Matrix:
+    """What a step multiplies by, of a layer that it has: always the same object."""
+    if isinstance(layer, QuantizedLinear):
+        return layer
+    assert isinstance(layer, Linear | Embedding), "`unfit` has looked"
+    return layer.weight
 
 
 class Residual(NamedTuple):
@@ -80,6 +91,12 @@ class FewRows:
             return Residual(self.embed_few_bits(ids_T, table_VD.few_bits()))
         return Residual(self.embed_rows(ids_T, table_VD))
 
+    def product(self, x_TD: Tensor, weight_ND: Matrix, bias_N: Tensor | None) -> Tensor:
+        """x @ w.T + bias, with nothing around it."""
+        if isinstance(weight_ND, QuantizedLinear):
+            return self.multiply_few_bits(x_TD, weight_ND.few_bits(), bias_N=bias_N)
+        return self.multiply(x_TD, weight_ND, bias_N=bias_N)
+
     def read(
         self,
         stream: Residual,
@@ -112,9 +129,12 @@ class FewRows:
 
 
 class ManyRows:
-    """Products of more rows."""
+    """Products of more rows, each by `product`, which nothing is fused with."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, product: Product | None = None
+    ) -> None:
+        self.product = product or _linear
         self.add_norm = dispatch.add_norm(device, dtype).call
         self.swiglu_joined = dispatch.swiglu_joined(device, dtype).call
 
@@ -136,7 +156,7 @@ class ManyRows:
             sum_TD, normed_TD = self.add_norm(stream.x_TD, None, norm)
         else:
             sum_TD, normed_TD = self.add_norm(stream.more_TD, stream.x_TD, norm)
-        y_TN = _linear(normed_TD, weight_ND, bias_N)
+        y_TN = self.product(normed_TD, weight_ND, bias_N)
         return self.swiglu_joined(y_TN) if gated else y_TN, Residual(sum_TD)
 
     def add(
@@ -147,7 +167,7 @@ class ManyRows:
         stream: Residual,
         reduce: Reduce | None = None,
     ) -> Residual:
-        y_TD = _linear(x_TD, weight_ND, bias_N)
+        y_TD = self.product(x_TD, weight_ND, bias_N)
         return Residual(stream.x_TD, more_TD=y_TD if reduce is None else reduce(y_TD))
 
 
@@ -158,7 +178,7 @@ def _linear(x_TD: Tensor, weight_ND: Matrix, bias_N: Tensor | None) -> Tensor:
     return functional.linear(x_TD, weight_ND, bias_N)
 
 
-def products(decoder: Decoder, rows: int) -> Products:
+def products(decoder: Decoder, rows: int) -> FewRows | ManyRows:
     """The products of steps of so many rows."""
     device, dtype = decoder.device, decoder.dtype
     schemes = {m.scheme for m in decoder.modules() if isinstance(m, QuantizedLinear)}

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from xverse.engine.adapters import Loaded
+from xverse.engine.adapted import Loaded
 from xverse.engine.pages import Pages, Table
 from xverse.engine.request import Request, Top
 from xverse.engine.sampler import Sampler

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from xverse.engine.residual import Matrix, Residual, products
+from xverse.engine.residual import Matrix, Products, Residual, matrix, products
 from xverse.errors import XverseError
 from xverse.kernels import dispatch, reference, reference_few_bits
 from xverse.kernels.reference import Norm, Scales
@@ -34,6 +34,7 @@ class DecodeStep:
     Write `ids` [T] (int64) and `positions` [T] (int32), then call it: logits [T, V]. `pages` [T, P]
     (int32) lists each sequence's pages of `keys` and `values`, one [pages, K, S, E] a layer; fp8
     ones have `scales`. `turns` are cos and sin [S, E] of every position, if somebody has them.
+    `computing`: what multiplies, in the place of the usual `products`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class DecodeStep:
         pages: Tensor,
         scales: Sequence[Scales | None] | None = None,
         turns: tuple[Tensor, Tensor] | None = None,
+        computing: Products | None = None,
     ) -> None:
         why_not = unfit(decoder)
         if why_not:
@@ -57,7 +59,7 @@ class DecodeStep:
         tokens, device, dtype = len(pages), decoder.device, decoder.dtype
         self.ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.products = products(decoder, tokens)
+        self.products = computing or products(decoder, tokens)
         self.table_VD, self.head_VD = _ends(decoder, tokens)
         shape = decoder.shape
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
@@ -96,7 +98,7 @@ class DecodeStep:
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, FusedAttention)
         project, norm = attention.qkv_proj, block.input_layernorm.spec
-        qkv, stream = self.products.read(stream, norm, _matrix(project), project.bias)
+        qkv, stream = self.products.read(stream, norm, matrix(project), project.bias)
         mixed = self.attend(
             qkv,
             self.cos_SE,
@@ -115,20 +117,20 @@ class DecodeStep:
             return Residual(self._experts(mlp, x_TD, norm))
         assert isinstance(mlp, FusedFeedForward)
         project = mlp.gate_up_proj
-        inner, stream = self.products.read(stream, norm, _matrix(project), project.bias, gated=True)
+        inner, stream = self.products.read(stream, norm, matrix(project), project.bias, gated=True)
         return self._add(mlp.down_proj, inner, stream)
 
     def _add(self, linear: nn.Module, x_TD: Tensor, stream: Residual) -> Residual:
         """The stream and what a layer adds to it, over all ranks where it is spread over some."""
         own, reduce = _own(linear), linear.reduce if isinstance(linear, Reduced) else None
-        return self.products.add(x_TD, _matrix(own), own.bias, stream, reduce)
+        return self.products.add(x_TD, matrix(own), own.bias, stream, reduce)
 
     def _experts(self, mlp: MixtureOfExperts, x_TD: Tensor, norm: Norm) -> Tensor:
         shared = mlp.shared_experts
         gate_up_ND, down_DF = None, None
         if shared is not None:
             assert isinstance(shared, FusedFeedForward)
-            gate_up, down = _matrix(shared.gate_up_proj), _matrix(_own(shared.down_proj))
+            gate_up, down = matrix(shared.gate_up_proj), matrix(_own(shared.down_proj))
             assert isinstance(gate_up, Tensor), "`unfit` has looked"
             assert isinstance(down, Tensor), "`unfit` has looked"
             gate_up_ND, down_DF = gate_up, down
@@ -228,13 +230,6 @@ def _own(module: nn.Module) -> Linear | QuantizedLinear:
     return part
 
 
-def _matrix(layer: nn.Module) -> Matrix:
-    if isinstance(layer, QuantizedLinear):
-        return layer
-    assert isinstance(layer, Linear | Embedding), "`unfit` has looked"
-    return layer.weight
-
-
 def _ends(decoder: Decoder, rows: int) -> tuple[Matrix, Matrix]:
     """The table of token vectors, and the head; this rank's part of it where it is one of several.
 
@@ -244,9 +239,9 @@ def _ends(decoder: Decoder, rows: int) -> tuple[Matrix, Matrix]:
     head = decoder.lm_head
     wide_VD = head.wide_ND if isinstance(head, Gathered) else decoder.wide_head_VD
     if wide_VD is not None and rows > 1:
-        return _matrix(table), wide_VD
+        return matrix(table), wide_VD
     if head is not None:
-        return _matrix(table), _matrix(_own(head))
+        return matrix(table), matrix(_own(head))
     if isinstance(table, QuantizedEmbedding):
         return table, table.as_linear()
-    return _matrix(table), _matrix(table)
+    return matrix(table), matrix(table)

@@ -7,10 +7,20 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to be continued; with `chat` it is a message, to be answered in the chat format."""
+    """A text to be continued; with `chat` it is a message, to be answered in the chat format after
+    what was said `before`: messages and their answers in turn."""
 
     text: str
     chat: bool = False
+    before: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, object]]:
+        """The conversation in OpenAI's form."""
+        said = enumerate((*self.before, self.text))
+        return [
+            {"role": "assistant" if place % 2 else "user", "content": text} for place, text in said
+        ]
 
 
 @dataclass(frozen=True)

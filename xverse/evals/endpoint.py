@@ -149,8 +149,7 @@ class EndpointDoor:
         body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0, **self._neutral}
         body |= {"stop": [*stop[:4]]} if stop else {}
         if prompt.chat:
-            messages = [{"role": "user", "content": prompt.text}]
-            answer = self._post("/chat/completions", body | {"messages": messages})
+            answer = self._post("/chat/completions", body | {"messages": prompt.messages})
             return str(answer["choices"][0]["message"]["content"] or "")
         answer = self._post("/completions", body | {"prompt": prompt.text})
         return str(answer["choices"][0]["text"])

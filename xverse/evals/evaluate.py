@@ -12,6 +12,7 @@ from xverse.evals.figures import Figure, figure_of
 from xverse.evals.harness import Options, Result, run_tasks
 from xverse.evals.report import write_report
 from xverse.evals.tasks import tasks_of
+from xverse.evals.transcripts import write_transcripts
 
 ITEMS = "items.jsonl"
 
@@ -56,6 +57,7 @@ def evaluate(
     results = run_tasks(door, chosen, files, folder, options)
     report = Report(dict(door.facts), tuple(map(figure_of, results)), folder)
     _write_items(folder / ITEMS, results)
+    write_transcripts(folder, str(door.facts["model"]), results)
     write_report(folder, report.to_json(), plots=plots)
     return report
 

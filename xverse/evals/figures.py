@@ -67,7 +67,7 @@ def figure_of(result: Result) -> Figure:
         "n": len(outcomes),
         "shots": shots,
         "seed": options.seed,
-        "chat": options.chat,
+        "chat": options.chat_of(task),
         "reads": result.reads if task.kind == "choice" else "text",
         "task_hash": result.task_hash,
         "prompt_hash": result.prompt_hash,

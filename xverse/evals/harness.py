@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xverse.errors import XverseError
 from xverse.evals.choice import Outcome, asks_of, outcome_of
+from xverse.evals.dialogue import converse
 from xverse.evals.door import Door, Prompt
 from xverse.evals.item import Item, Task, digest
 from xverse.evals.journal import Journal
@@ -35,6 +36,10 @@ class Options:
                     "It counts examples or questions.",
                     f"Give {least} or more, or leave it out.",
                 )
+
+    def chat_of(self, task: Task) -> bool:
+        """Whether a task is asked in the chat format."""
+        return self.chat or task.kind == "dialogue"
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def run_tasks(
                 asked,
                 [outcomes[item.name] for item in asked],
                 digest([item.facts() for item in asked]),
-                digest([_prompts(item, options) for item in asked], options.chat),
+                digest([_prompts(item, options) for item in asked], options.chat_of(task)),
                 options,
                 door.reads,
             )
@@ -122,10 +127,10 @@ def _chosen(task: Task, data: Path, options: Options) -> list[Item]:
 
 def _batches(task: Task, items: Sequence[Item], size: int, options: Options) -> Iterator[_Batch]:
     """Items of one group after another, which share their examples; small groups stay apart only
-    where they have examples to share."""
+    where they have examples to share, or take so long that progress is to be seen and kept."""
     groups = [list(some) for _, some in groupby(items, lambda item: item.group)]
-    shares = any(item.shots for item in items)
-    for group in groups if shares else [list(items)]:
+    apart = task.kind == "dialogue" or any(item.shots for item in items)
+    for group in groups if apart else [list(items)]:
         for start in range(0, len(group), size):
             some = group[start : start + size]
             facts = [item.facts() for item in some]
@@ -140,7 +145,8 @@ def _settings(task: Task, options: Options) -> list[object]:
 
 def _prompts(item: Item, options: Options) -> list[str]:
     shots = len(item.shots)
-    return [item.prompt(shots, stem) for stem in item.stems] or [item.prompt(shots)]
+    first = [item.prompt(shots, stem) for stem in item.stems] or [item.prompt(shots)]
+    return [*first, *item.turns]
 
 
 def _ask(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
@@ -149,6 +155,7 @@ def _ask(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
         "choice": _choose,
         "writing": _write,
         "text": _foretell,
+        "dialogue": _converse,
     }
     outcomes = kinds[batch.task.kind](door, batch, options)
     pairs = zip(batch.items, outcomes, strict=True)
@@ -212,6 +219,10 @@ def _fitted_text(
     return None, {"too_long": True}
 
 
+def _converse(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
+    return converse(door, batch.task, batch.items, batch.key)
+
+
 def _foretell(door: Door, batch: _Batch, options: Options) -> list[Outcome]:
     texts = [item.question for item in batch.items]
     return [
@@ -240,7 +251,7 @@ def _tokenized(door: Door, batches: Sequence[_Batch], options: Options) -> Itera
 def _lengths_at_once(door: Door, batch: _Batch, options: Options) -> None:
     if batch.task.kind != "text":
         texts = [text for item in batch.items for text in _prompts(item, options)]
-        door.lengths([Prompt(text, options.chat) for text in texts])
+        door.lengths([Prompt(text, options.chat_of(batch.task)) for text in texts])
 
 
 def _fit(door: Door, task: Task, item: Item, options: Options) -> int | None:

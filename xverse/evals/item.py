@@ -9,9 +9,9 @@ from typing import Literal
 
 from xverse.errors import XverseError
 
-# What is read of the model: the likeliest of some options, a text that it writes, or how well it
-# foretells a text that is given.
-Kind = Literal["choice", "writing", "text"]
+# What is read of the model: the likeliest of some options, a text that it writes, how well it
+# foretells a text that is given, or what it answers in a conversation.
+Kind = Literal["choice", "writing", "text", "dialogue"]
 # By what the log-probabilities of options are divided before they are compared.
 Norm = Literal["none", "characters"]
 LETTERS = "ABCDEFGHIJKLMNOP"
@@ -22,7 +22,8 @@ class Item:
     """One question. Its prompt is header, shots and question, one after another, to the byte.
 
     Of `options` one is the `gold` one; where `stems` are given they stand in the question's place,
-    one for each option. `reference` is whatever the task's `grade` wants to know.
+    one for each option. In a dialogue the question is what is said first, and `turns` are what is
+    said after each answer. `reference` is whatever the task's `grade` or `judge` wants to know.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Item:
     stems: tuple[str, ...] = ()
     gold: int = -1
     reference: Mapping[str, object] = field(default_factory=dict, hash=False)
+    turns: tuple[str, ...] = ()
 
     def prompt(self, shots: int, stem: str | None = None) -> str:
         """The text before the answer, with the first `shots` of the examples."""
@@ -41,11 +43,23 @@ class Item:
 
     def facts(self) -> dict[str, object]:
         """The item as JSON; equal items, and no others, give equal facts."""
-        return {**self.__dict__, "reference": dict(self.reference)}
+        facts = {**self.__dict__, "reference": dict(self.reference)}
+        if not self.turns:  # so that what was asked before there were turns keeps its hash
+            del facts["turns"]
+        return facts
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether an answer is right, and what was found in it that says so."""
+
+    passed: bool
+    reason: str
 
 
 Load = Callable[[Path, int], Iterable[Item]]
 Grade = Callable[[Item, str], float]
+Judge = Callable[[Item, Sequence[str]], Judgement]
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,10 @@ class Task:
     """A benchmark. `load(folder, shots)` gives its items from the original files in `folder`.
 
     `categories` names the category of each group. `grade` says from 0 to 1 how right a written
-    answer is. `cut` "middle": a prompt that is too long loses its middle, as published; else
-    examples are left out, and if that does not do, the item counts as wrong. `note` is printed
-    wherever the figure is.
+    answer is, and `judge` whether the answers of a dialogue are right and why; dialogues are always
+    held in the model's chat format. `cut` "middle": a prompt that is too long loses its middle, as
+    published; else examples are left out, and if that does not do, the item counts as wrong. `note`
+    is printed wherever the figure is.
     """
 
     name: str
@@ -67,6 +82,7 @@ class Task:
     norm: Norm = "none"
     greedy: bool = False  # right is what greedy decoding would write, not the likeliest option
     grade: Grade | None = None
+    judge: Judge | None = None
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
     cut: Literal["shots", "middle"] = "shots"
@@ -77,7 +93,9 @@ class Task:
 
     def __post_init__(self) -> None:
         assert (self.kind == "writing") == (self.grade is not None), "who writes is graded"
-        assert (self.kind == "writing") == (self.max_tokens > 0), "an answer has a length"
+        assert (self.kind == "dialogue") == (self.judge is not None), "who converses is judged"
+        written = self.kind in ("writing", "dialogue")
+        assert written == (self.max_tokens > 0), "an answer has a length"
 
     def items(self, data: Path, shots: int | None = None) -> list[Item]:
         """All items, from the task's folder inside `data`; XverseError where they are not there."""

@@ -144,8 +144,7 @@ class LocalDoor:
     def _encoded(self, prompt: Prompt) -> list[int]:
         if not prompt.chat:
             return self.llm.tokenizer.encode(prompt.text)
-        message = {"role": "user", "content": prompt.text}
-        encoded = self.llm.encode_chat([message], Sampling(max_tokens=1))
+        encoded = self.llm.encode_chat(prompt.messages, Sampling(max_tokens=1))
         if encoded.cut is not None:  # then it does not fit, which the length must tell
             return self.llm.tokenizer.encode(prompt.text) + [0] * self.llm.context
         return encoded.ids

@@ -10,11 +10,6 @@
 
 #define LANES 16
 
-static inline float at(const void *x, int64_t i, int bf16)
-{
-    return bf16 ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i];
-}
-
 static inline void put(void *x, int64_t i, float value, int bf16)
 {
     if (bf16) ((uint16_t *)x)[i] = narrow(value);

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / f"{name}_cpu.c" for name in ("multiply", "rows", "attend", "decode")]
+SOURCES = [HERE / f"{name}_cpu.c" for name in ("multiply", "rows", "attend", "decode", "update")]
 VARIANTS = {  # by what the CPU must have; each is a library of its own, chosen when it is loaded
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],

@@ -12,9 +12,11 @@ from xverse.kernels import (
     native,
     packed,
     reference,
+    reference_adapt,
     reference_experts,
     reference_packed,
     reference_train,
+    update_cpu,
 )
 from xverse.kernels.choice import PDL_SINCE, Choice, plain, why_no_triton
 from xverse.kernels.cuts import Scratch
@@ -25,6 +27,7 @@ from xverse.kernels.dispatch_quantized import (
     multiply_few_bits,
     multiply_steps,
     swiglu_rounded,
+    widen,
 )
 from xverse.kernels.dispatch_sampling import (
     best_rows,
@@ -76,6 +79,23 @@ def add_norm(device: torch.device, dtype: torch.dtype) -> Choice:
 def swiglu_joined(device: torch.device, dtype: torch.dtype) -> Choice:
     """The function in the place of `reference.swiglu_joined`, for any number of tokens."""
     return _one_pass("SwiGLU of many tokens", "swiglu_joined", device, dtype)
+
+
+def add_adapters(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The function in the place of `reference_adapt.add_adapters`, for any number of tokens."""
+    operation = "additions of adapters"
+    why_not = why_no_triton(device, dtype)
+    if why_not:
+        return plain(operation, reference_adapt.add_adapters, device, why_not)
+    from xverse.kernels import adapt_triton
+
+    pdl = torch.cuda.get_device_capability(device) >= PDL_SINCE
+    return Choice(
+        operation,
+        "Triton, by the slot of each row" + ", dependent launch" * pdl,
+        f"{dtype} on CUDA",
+        partial(adapt_triton.add_adapters, pdl=pdl),
+    )
 
 
 def rotate_store_attend(
@@ -175,6 +195,11 @@ def adamw(device: torch.device) -> Choice:
     """The function in the place of `reference_train.adamw`."""
     operation = "update of weights"
     why_not = why_no_triton(device, torch.bfloat16)
+    if device.type == "cpu":
+        if native.why_not():
+            why = f"{why_not}, and {native.why_not()}"
+            return Choice(operation, "PyTorch, in pieces", why, update_cpu.adamw_in_pieces)
+        return Choice(operation, "C, in one pass", why_not, update_cpu.adamw)
     if why_not:
         return plain(operation, reference_train.adamw, device, why_not)
     from xverse.kernels import update_triton
@@ -292,6 +317,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
         embed_few_bits(device, dtype),
         add_norm(device, dtype),
         swiglu_joined(device, dtype),
+        add_adapters(device, dtype),
         *(choose(device, dtype) for choose in attention),
         *(choose(device, dtype, fp8=True) for choose in attention),
         attend_whole(device, dtype),
@@ -307,6 +333,7 @@ def table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
             for kind in ("int4", "int8", "fp8")
             for rows in (1, ROWS_APART)
         ),
+        *(widen(device, dtype, kind) for kind in ("int4", "int8", "fp8")),
         add_norm_rounded(device, dtype),
         swiglu_rounded(device, dtype),
         add_parts(device, dtype),

@@ -83,6 +83,19 @@ def multiply_steps(device: torch.device, dtype: torch.dtype, rows: int, form: Fo
     return Choice(operation, "widened whole, then cuBLAS", why, whole)
 
 
+@lru_cache(maxsize=64)
+def widen(device: torch.device, dtype: torch.dtype, kind: str) -> Choice:
+    """The function in the place of `reference_steps.widen`; `kind` as in `Form`."""
+    operation = f"{kind} weights made {str(dtype).removeprefix('torch.')}"
+    why_not = why_no_triton(device, dtype, fp8=kind == "fp8")
+    if why_not:
+        return plain(operation, reference_steps.widen, device, why_not)
+    from xverse.kernels import dequantize_triton
+
+    why = f"{dtype} on CUDA"
+    return Choice(operation, "Triton, in one pass", why, dequantize_triton.dequantize)
+
+
 def why_not_rounded(device: torch.device, dtype: torch.dtype, form: Form) -> str:
     """Why many rows are not rounded to 8 bits for a product with such a weight; empty where they
     are: by `round_triton` and `multiply_rounded`."""

@@ -23,6 +23,11 @@ static inline uint16_t narrow(float wide)
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)up; /* NaN stays NaN */
 }
 
+static inline float at(const void *x, int64_t i, int bf16)
+{
+    return bf16 ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
 static inline float rounded(float wide, int bf16) { return bf16 ? widen(narrow(wide)) : wide; }
 
 static inline float sum16(const float part[16])

@@ -41,12 +41,25 @@ class Layer(ctypes.Structure):
     )
 
 
+class Update(ctypes.Structure):
+    """`Update` of native_cpu.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "first", "second", "gradient", "copy")),
+        *((name, ctypes.c_float) for name in ("scale", "share1", "keep2", "share2")),
+        *((name, ctypes.c_float) for name in ("bias2", "epsilon", "keep", "step_size")),
+        ("seeds", ctypes.c_uint32 * 3),
+        *((name, _INT) for name in ("weight16", "gradient16", "moments16")),
+    )
+
+
 SIGNATURES = {
     "multiply": [*[_POINTER] * 4, _LONG, _INT, _INT],
     "multiply_rows": [*[_POINTER] * 4, _LONG, _LONG, _LONG, _INT],
     "rotate": [*[_POINTER] * 3, _LONG, _LONG, _INT, _LONG, _INT, _INT],
     "attend": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _INT],
     "decode": [_POINTER, _INT, *[_POINTER] * 4, _LONG, _INT, _INT],
+    "adamw": [_POINTER, _LONG, _INT],
 }
 
 

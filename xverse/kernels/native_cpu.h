@@ -33,6 +33,15 @@ typedef struct {
     void *keys, *values;
 } Layer;
 
+typedef struct {
+    void *weight, *first, *second;
+    const void *gradient;
+    uint16_t *copy; /* or null */
+    float scale, share1, keep2, share2, bias2, epsilon, keep, step_size;
+    uint32_t seeds[3]; /* of the rounding of weight and moments, where they are in bf16 */
+    int32_t weight16, gradient16, moments16; /* whether they are */
+} Update;
+
 int multiply(const Product *p, const void *x, const void *residual, void *y, int64_t rows, int bf16,
              int threads);
 void rotate(void *x, const void *cosines, const void *sines, int64_t rows, int64_t stride,

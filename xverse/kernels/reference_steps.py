@@ -33,6 +33,11 @@ def multiply_steps(x_TD: Tensor, steps: FewBits) -> Tensor:
     return functional.linear(x_TD, weight_ND.to(x_TD.dtype))
 
 
+def widen(steps: FewBits, out_ND: Tensor) -> Tensor:
+    """(q - zero) * scale, rounded to the dtype of the scales, in `out`."""
+    return out_ND.copy_(dequantize(steps).to(steps.scale.dtype))
+
+
 def round_rows(x_TD: Tensor) -> RoundedRows:
     """Each row in e4m3, its largest element as 448; a row of zeros stays one."""
     x = x_TD.float()

@@ -95,6 +95,7 @@ class AdamW(NamedTuple):
     step: int
     scale: float
     seed: int  # of the random rounding of what is kept in bf16
+    start: int = 0  # where in the whole weight a piece of it begins: places are rounded by number
 
 
 def adamw(
@@ -117,17 +118,19 @@ def adamw(
     weight_ = weight.float() * (1 - rule.rate * rule.decay)
     weight_ = weight_ - rule.rate / (1 - rule.beta1**rule.step) * (first_ / root)
     for number, (kept, new) in enumerate(((weight, weight_), (first, first_), (second, second_))):
-        kept.copy_(new if kept.dtype == new.dtype else round_randomly(new, rule.seed + number))
+        rounds = kept.dtype != new.dtype
+        kept.copy_(round_randomly(new, rule.seed + number, rule.start) if rounds else new)
     if copy is not None:
         copy.copy_(weight_)
 
 
-def round_randomly(x: Tensor, seed: int) -> Tensor:
+def round_randomly(x: Tensor, seed: int, start: int = 0) -> Tensor:
     """fp32 as bf16, up or down with the odds of its place between the two: right on average.
 
-    The 16 random bits of element i are a hash of i + seed (lowbias32, Wellons 2018).
+    The 16 random bits of element i are a hash of start + i + seed (lowbias32, Wellons 2018).
     """
-    bits = torch.arange(x.numel(), device=x.device).view(x.shape) + (seed * 0x9E3779B1 & _32)
+    places = torch.arange(start, start + x.numel(), device=x.device).view(x.shape)
+    bits = places + (seed * 0x9E3779B1 & _32)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         bits = ((bits & _32) ^ ((bits & _32) >> shift)) * factor
     rounded = (x.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000

@@ -34,7 +34,7 @@ def adamw(
         rule.epsilon,
         1 - rule.rate * rule.decay,
         rule.rate / (1 - rule.beta1**rule.step),
-        *((rule.seed + number) * 0x9E3779B1 & 0xFFFFFFFF for number in range(3)),
+        *(((rule.seed + number) * 0x9E3779B1 & 0xFFFFFFFF) + rule.start for number in range(3)),
         COPY=copy is not None,
         BLOCK=BLOCK,
     )

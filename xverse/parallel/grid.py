@@ -37,7 +37,7 @@ class Grid:
         place = (self._all == ranks.rank).nonzero()[0].tolist()
         self._here: dict[str, int] = dict(zip(ORDER, place, strict=True))
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        for names in GROUPS if ranks.size > 1 else ():
+        for names in GROUPS if ranks.grouped else ():
             self._start(names)
 
     def size(self, *names: str) -> int:
@@ -67,12 +67,13 @@ class Grid:
         """Which rows this rank reads: those with the same number read the same."""
         return self.place("data", "shard", "expert")
 
-    def mesh(self, *dims: tuple[str, ...]) -> DeviceMesh:
-        """The ranks along some of GROUPS, as PyTorch's DTensor and FSDP2 take them."""
+    def mesh(self, *dims: tuple[str, ...], host: bool = False) -> DeviceMesh:
+        """The ranks along some of GROUPS, as PyTorch's DTensor and FSDP2 take them; with `host`, of
+        tensors in the hosts' memory."""
         names = [name for dim in dims for name in dim]
         members = torch.tensor(self.members(*names)).view([self.size(*dim) for dim in dims])
         groups = [self._groups[dim] for dim in dims]
-        kind = self.ranks.device.type
+        kind = "cpu" if host else self.ranks.device.type
         if len(groups) == 1:
             return DeviceMesh.from_group(groups[0], kind, mesh_dim_names=("-".join(dims[0]),))
         titles = tuple("-".join(dim) for dim in dims)

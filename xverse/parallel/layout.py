@@ -19,30 +19,36 @@ from xverse.parallel.sequence import is_partial, tensor_side
 
 
 class Layout:
-    """Where the weights of a decoder of this whole shape are. All ranks make it at once."""
+    """Where the weights of a decoder of this whole shape are. All ranks make it at once.
 
-    def __init__(self, shape: ModelShape, grid: Grid) -> None:
-        self.shape, self.grid = shape, grid
+    `host`: what is viewed lies in the host's memory, and not on the grid's devices.
+    """
+
+    def __init__(self, shape: ModelShape, grid: Grid, *, host: bool = False) -> None:
+        self.shape, self.grid, self.host = shape, grid, host
         with torch.device("meta"):
             whole = Decoder(shape)
         self.sizes = {name: weight.shape for name, weight in whole.named_parameters()}
         self._meshes: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
-    def view(self, name: str, weight: Tensor) -> Tensor:
-        """The whole weight of which `weight` is what this rank has, on the same memory.
+    def view(self, name: str, weight: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The whole weight of which `weight` is what this rank has, on the same memory, or on
+        `memory`, which is as large.
 
-        `weight` itself where that is the whole and no other rank has it, or is no weight of the
-        shape.
+        This rank's part itself where that is the whole and no other rank has it.
         """
-        local = weight.detach()
-        if name not in self.sizes:
-            return local  # an adapter's, which FSDP2 alone has cut
-        local = local.to_local() if isinstance(local, DTensor) else local
-        dims = self._cuts(name)
-        if not dims:
+        given = weight.detach()
+        local = _local(given) if memory is None else memory
+        if name in self.sizes:
+            size, dims = self.sizes[name], self._cuts(name)
+        elif isinstance(given, DTensor):  # an adapter's, which FSDP2 alone has cut
+            size = given.shape
+            dims = list(zip((("data",), SHARDS), given.placements, strict=True))
+        else:
+            return local
+        if not dims or self.grid.ranks.size == 1:
             return local
         mesh = self._mesh(tuple(names for names, _ in dims))
-        size = self.sizes[name]
         stride = torch.empty(size, device="meta").stride()
         placements = [placement for _, placement in dims]
         return DTensor.from_local(
@@ -83,7 +89,7 @@ class Layout:
 
     def _mesh(self, dims: tuple[tuple[str, ...], ...]) -> DeviceMesh:
         if dims not in self._meshes:
-            self._meshes[dims] = self.grid.mesh(*dims)
+            self._meshes[dims] = self.grid.mesh(*dims, host=self.host)
         return self._meshes[dims]
 
 

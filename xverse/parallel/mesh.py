@@ -55,7 +55,7 @@ class Mesh:
         store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
         # Rank 0 is somebody's own process, which NCCL's watchdog would end with the other ranks.
         quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-        with _environment(_local() | quiet):
+        with loopback(), _environment(quiet):
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
             )
@@ -196,9 +196,11 @@ def share_memory(mesh: Mesh, words: int, block: int | None = None) -> "Exchange"
     return Exchange.of(peers, mesh.rank, capacity, mesh.device, memory, block or BLOCK)
 
 
-def _local() -> dict[str, str]:
-    """Gloo listens on the network by default; ranks of one machine need only the loopback."""
-    return {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+@contextlib.contextmanager
+def loopback() -> Iterator[None]:
+    """Have groups that are made meanwhile keep to this machine: gloo listens on the network."""
+    with _environment({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from xverse.device import env, pick_device
-from xverse.parallel.mesh import require_alone
+from xverse.parallel.mesh import loopback, require_alone
 
 TIMEOUT = timedelta(minutes=30)  # the slowest step: the first, in which everything is compiled
 
@@ -15,26 +15,34 @@ TIMEOUT = timedelta(minutes=30)  # the slowest step: the first, in which everyth
 class Ranks:
     """This process among `size` that train one model. All must make the same calls in order."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, *, grouped: bool = False
+    ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.grouped = grouped or size > 1  # in a group of torch.distributed, even if alone in it
         # Whoever writes checkpoints talks beside the training, so on a group of its own.
         self.aside = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
 
     @classmethod
-    def start(cls, device: str = "auto") -> "Ranks":
-        """Meet the others that torchrun's RANK and WORLD_SIZE speak of; without them, be alone."""
+    def start(cls, device: str = "auto", *, grouped: bool = False) -> "Ranks":
+        """Meet the others that torchrun's RANK and WORLD_SIZE speak of; without them, be alone, and
+        with `grouped` all the same in a process group, which FSDP2 wants."""
         size = int(env("WORLD_SIZE", "1"))
-        if size == 1:
+        if size == 1 and not grouped:
             return cls(0, 1, pick_device(device))
         require_alone()
         place = pick_device(device)
         if place.type == "cuda":
-            place = torch.device("cuda", int(env("LOCAL_RANK", "0")))
+            own = int(env("LOCAL_RANK", "0")) if size > 1 else place.index or 0
+            place = torch.device("cuda", own)
             torch.cuda.set_device(place)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT
-        )
-        return cls(dist.get_rank(), size, place)
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        if size == 1:
+            with loopback():
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        return cls(dist.get_rank(), size, place, grouped=True)
 
     @property
     def first(self) -> bool:
@@ -57,5 +65,5 @@ class Ranks:
         return self.total([value if self.first else 0.0])[0]
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self.grouped and dist.is_initialized():
             dist.destroy_process_group()

@@ -29,8 +29,8 @@ class QuantizedLinear(nn.Module):
     `weight`: int8 [..., N, D], for 4 bits uint8 [..., N, D/2] with the even column in the low half,
     each plus 8, or float8_e4m3fn [..., N, D]. `scale`, in the dtype that the layer computes in:
     [..., N] for one a row, or [..., N, G] for groups of D/G columns. `zero`: int8 in the scale's
-    shape; None where symmetric. `order`: int64 [D], column i multiplies x[order[i]]; None but for
-    checkpoints of others that sort their columns.
+    shape; None where symmetric. `order`: int64 [..., D], column i multiplies x[order[i]]; None but
+    for checkpoints of others that sort their columns.
     """
 
     def __init__(
@@ -147,6 +147,10 @@ class QuantizedLinear(nn.Module):
         zero = None if self.zero is None else self.zero[expert]
         return FewBits(self.weight[expert], self.scale[expert], zero)
 
+    def order_of(self, expert: int | None = None) -> Tensor | None:
+        """Which input each column multiplies [D]; of a stack, that of an expert."""
+        return self.order if self.order is None or expert is None else self.order[expert]
+
     def dequantized(self, rows: Tensor | int | slice | tuple[int, slice] | None = None) -> Tensor:
         """(q - zero) * scale in the scale's dtype: of all, or of those of the first dimension (of a
         stack: of the first two) that `rows` names; columns as they are stored."""
@@ -158,8 +162,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x_TD: Tensor, expert: int | None = None) -> Tensor:
         """x @ w.T + bias; of a stack, by the layer of that expert."""
-        if self.order is not None:
-            x_TD = x_TD[..., self.order]
+        order = self.order_of(expert)
+        if order is not None:
+            x_TD = x_TD[..., order]
         # Compiled training calls what the compiler leaves alone, and not kernels chosen on the way.
         learning = torch.is_grad_enabled() and x_TD.requires_grad
         if learning or torch.compiler.is_compiling():

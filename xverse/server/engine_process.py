@@ -90,6 +90,8 @@ def _load(start: Start) -> LLM:
         host_embedding=start.host_embedding,
         max_adapters=start.max_adapters,
         adapter_bytes=start.adapter_bytes,
+        adapter_slots=start.adapter_slots,
+        adapter_rank=start.adapter_rank,
     )
     llm.engine.prepare()
     return llm

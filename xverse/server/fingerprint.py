@@ -21,7 +21,7 @@ def fingerprint(checkpoint: Checkpoint, start: Start, device: str) -> str:
     """The name of this model as it is served on a device; the same on every like machine."""
     options = msgspec.to_builtins(start)
     # Where it lies says nothing about what it is, nor what may be added to it.
-    for name in ("model", "adapters", "max_adapters", "adapter_bytes"):
+    for name in [name for name in options if name == "model" or "adapter" in name]:
         del options[name]
     facts = {
         "versions": [xverse.__version__, version("torch")],

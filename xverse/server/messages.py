@@ -29,6 +29,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     adapters: dict[str, str] = {}  # name -> folder
     max_adapters: int = 0
     adapter_bytes: int = 2**30
+    adapter_slots: int | None = None
+    adapter_rank: int = 32
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):

@@ -33,9 +33,8 @@ def balanced(decoder: Decoder, grid: Grid) -> Decoder:
     return decoder
 
 
-def weigh(decoder: Decoder, factor: float) -> None:
+def weigh(decoder: Decoder, factor: float, device: torch.device) -> None:
     """How much the loss counts in the next pass: its factor, times the pass's share of a step."""
-    device = decoder.model.norm.weight.device
     for block in decoder.model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
             # A tensor: compiled code would be made anew for every other number.

@@ -31,7 +31,7 @@ from xverse.model.linear import Linear
 from xverse.model.shape import ModelShape
 from xverse.parallel.context import spread_context
 from xverse.parallel.experts import spread_experts
-from xverse.parallel.fsdp import shard
+from xverse.parallel.fsdp import offload_policy, shard
 from xverse.parallel.grid import grid_of
 from xverse.parallel.layout import Layout
 from xverse.parallel.pipeline import spread_layers, stages_of
@@ -53,6 +53,7 @@ KEPT = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
+    torch.ops.xverse.multiply_frozen.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -72,10 +73,12 @@ def fresh(shape: ModelShape, options: Training, ranks: Ranks) -> Decoder:
     for block in decoder.model.layers:
         if isinstance(block.mlp, MixtureOfExperts):
             block.mlp.router.float()
-    decoder = prepared(decoder, options, ranks).to_empty(device=ranks.device)
+    decoder = prepared(decoder, options, ranks).to_empty(device=home(options, ranks))
     for stage in stages_of(decoder):  # no modules of the decoder, and FSDP2's units all the same
         stage.to_empty(device=ranks.device)
-    _fill(decoder, Layout(shape, grid_of(ranks, options.mesh)), options.seed)
+    host = options.compute.offload == "parameters"
+    layout = Layout(shape, grid_of(ranks, options.mesh), host=host)
+    _fill(decoder, layout, options.seed, ranks.device)
     return decoder.train()
 
 
@@ -88,7 +91,7 @@ def continued(shape: ModelShape, folder: Path, options: Training, ranks: Ranks) 
     if "quantization_config" in checkpoint.config:
         raise quantized_base(folder, "full")
     dtype = dtype_of(options.compute, ranks)
-    decoder = load.build(checkpoint, open_weights(folder), dtype, ranks.device)
+    decoder = load.build(checkpoint, open_weights(folder), dtype, home(options, ranks))
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()  # on a CPU they are the files' own memory
     decoder.shape = decoder.rope.shape = shape
@@ -122,7 +125,7 @@ def adapted(
     if stored and integers is None:
         raise quantized_base(folder, "lora")
     keep = None if stored or integers is None else _rounding(shape, integers)
-    decoder = load.build(checkpoint, open_weights(folder), dtype, ranks.device, keep)
+    decoder = load.build(checkpoint, open_weights(folder), dtype, home(options, ranks), keep)
     decoder.shape = decoder.rope.shape = shape
     decoder = add_lora(_plain_ends(decoder), adapter, seed=options.seed)
     return prepared(decoder, options, ranks).train()
@@ -168,6 +171,11 @@ def dtype_of(compute: Computing, ranks: Ranks) -> torch.dtype:
     return pick_dtype(compute.dtype, ranks.device)
 
 
+def home(options: Training, ranks: Ranks) -> torch.device:
+    """Where a decoder's weights are between steps: on the device, or on the host."""
+    return torch.device("cpu") if options.compute.offload == "parameters" else ranks.device
+
+
 def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
     """The decoder with all that is put around it, as the options say."""
     compute, grid = options.compute, grid_of(ranks, options.mesh)
@@ -180,7 +188,10 @@ def prepared(decoder: Decoder, options: Training, ranks: Ranks) -> Decoder:
     decoder = recompute(decoder, compute.recompute)
     if compute.compile == "yes" or (compute.compile == "auto" and ranks.device.type == "cuda"):
         decoder = compiled(decoder)
-    return shard(decoder, grid, reshard=compute.reshard)
+    offload = None
+    if compute.offload == "parameters":
+        offload = offload_policy(ranks.device, pinned=compute.pin_memory)
+    return shard(decoder, grid, reshard=compute.reshard, offload=offload)
 
 
 def compiled(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> Decoder:
@@ -229,10 +240,9 @@ def _selective() -> tuple[ContextManager[Any], ContextManager[Any]]:
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, layout: Layout, seed: int) -> None:
-    """New weights, one after another; a rank takes its part of each."""
+def _fill(decoder: Decoder, layout: Layout, seed: int, device: torch.device) -> None:
+    """New weights, one after another, drawn on the device; a rank takes its part of each."""
     own = dict(decoder.named_parameters())
-    device = decoder.model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     for name, size in layout.sizes.items():
         here = name in own and own[name].requires_grad

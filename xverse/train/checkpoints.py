@@ -58,11 +58,15 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of a run. All ranks make the same calls in the same order."""
+    """The checkpoints of a run. All ranks make the same calls in the same order.
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+    Without `copies` what is saved is in the host's memory, which may have no room for it twice: it
+    is written from where it is, and `hold` waits for that.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, copies: bool = True) -> None:
         assert keep > 0
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.folder, self.ranks, self.keep, self.copies = folder, ranks, keep, copies
         self.pinned = -1  # a step whose checkpoint is kept however old it is
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -71,11 +75,14 @@ class Checkpoints:
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin to take the memory that saving them will need."""
-        self._staging.reserve(tensors)
+        if self.copies:
+            self._staging.reserve(tensors)
 
     def hold(self) -> None:
         """Have the device wait for what `save` still reads; before `tensors` are changed."""
         self._staging.hold()
+        if not self.copies and self._thread is not None:
+            self._thread.join()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
         """Begin to write a checkpoint; `tensors` may change after `hold`.
@@ -83,7 +90,7 @@ class Checkpoints:
         It waits for the one before. What fails is told by `wait`.
         """
         self.wait()
-        staged = self._staging.copy(tensors)
+        staged = self._staging.copy(tensors) if self.copies else dict(tensors)
         own = {"generators": randomness.generators(self.ranks.device)}
         given = (step, staged, dict(facts), own)
         self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from xverse.config import nearest
 from xverse.errors import XverseError
@@ -42,6 +42,9 @@ class Mapped:
     """Copies of the model; each is spread over ranks / data devices."""
     reshard: bool
     """Whether gathered weights are given back after each block's forward pass."""
+    offload: Literal["none", "optimizer", "parameters"]
+    pinned: bool
+    """Whether what is offloaded is in memory that is locked."""
     rows: tuple[Row, ...]
 
 
@@ -50,8 +53,10 @@ def read_deepspeed(config: Mapping[str, object], asked: Asked) -> Mapped:
     and for numbers that the command line contradicts."""
     rows = [row for key, value in config.items() for row in _read(key, value, asked)]
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    return Mapped(asked.ranks if stage == 0 else 1, stage == 3, tuple(rows))
+    assert isinstance(zero, Mapping), "it has been read"
+    stage = zero.get("stage", 0)
+    data = asked.ranks if stage == 0 else 1
+    return Mapped(data, stage == 3, _offloaded(zero), _pinned(zero), tuple(rows))
 
 
 def _read(key: str, value: object, asked: Asked) -> list[Row]:
@@ -88,24 +93,59 @@ def _zero(options: Mapping[str, object], asked: Asked) -> list[Row]:
         path = f"zero_optimization.{key}"
         if key == "stage":
             continue
-        if key in ("offload_optimizer", "offload_param"):
-            found.append(_offload(path, value))
+        if key in OFFLOADS:
+            found += _offload(path, value, options)
         elif key in ZERO or (key.startswith("stage3_") and stage == 3):
             found.append(Row(path, value, ZERO.get(key, NO_EFFECT)))
         else:
-            raise _unknown(path, [*ZERO, "stage", "offload_optimizer", "offload_param"])
+            raise _unknown(path, [*ZERO, "stage", *OFFLOADS])
+    _pinned(options)
     return found
 
 
-def _offload(path: str, value: object) -> Row:
-    device = value.get("device", "none") if isinstance(value, Mapping) else value
-    if device in ("none", None):
-        return Row(path, value, "all stays on the devices")
-    raise XverseError(
-        f"The DeepSpeed configuration moves {path.rpartition('_')[2]} to {device!r:.40}.",
-        "Weights and moments stay on the devices here: offload is not built.",
-        "Take it out; to need less memory, shard over more devices, recompute, or take qlora.",
-    )
+def _offload(path: str, value: object, zero: Mapping[str, object]) -> list[Row]:
+    """One of OFFLOADS, and what became of what it says."""
+    section = {} if value is None else value
+    if not isinstance(section, Mapping):
+        raise _wrong(path, value, "it is an object of options")
+    device = section.get("device", "none")
+    if device not in ("cpu", "none", None):
+        raise XverseError(
+            f"The DeepSpeed configuration has {path}.device = {device!r:.40}.",
+            "What is offloaded stays in the host's memory; no disks are there for it.",
+            'Set it to "cpu"; to need less of it, take bf16 moments or shard over more devices.',
+        )
+    _only(path, section, "device", *OFFLOAD_KEYS)
+    if path.endswith("param") and device == "cpu" and zero.get("stage") != 3:
+        raise _wrong(f"{path}.device", device, "it is for stage 3, whose weights are gathered")
+    if section.get("ratio", 1.0) != 1:
+        raise _wrong(f"{path}.ratio", section["ratio"], "all of it is offloaded, or nothing")
+    became = BECAME[_offloaded(zero)] if device == "cpu" else "nothing is offloaded by it"
+    told = {key: OFFLOAD_KEYS[key] for key in section if key != "device"}
+    return [Row(f"{path}.device", device, became)] + [
+        Row(f"{path}.{key}", section[key], what) for key, what in told.items()
+    ]
+
+
+def _pinned(zero: Mapping[str, object]) -> bool:
+    """Whether what is offloaded is locked in memory, which it is unless the file says no."""
+    sections = [section for key in OFFLOADS if isinstance(section := zero.get(key), Mapping)]
+    found = [section["pin_memory"] for section in sections if "pin_memory" in section]
+    if found not in ([], [True], [False], [True, True], [False, False]):
+        raise _wrong("pin_memory", found, "it is true or false, and the same for all")
+    return found[:1] != [False]
+
+
+def _offloaded(zero: Mapping[str, object]) -> Literal["none", "optimizer", "parameters"]:
+    """What the section as a whole moves to the host."""
+    moved = {
+        key
+        for key in OFFLOADS
+        if isinstance(section := zero.get(key), Mapping) and section.get("device") == "cpu"
+    }
+    if "offload_param" in moved:
+        return "parameters"
+    return "optimizer" if moved else "none"
 
 
 def _bf16(options: Mapping[str, object], asked: Asked) -> list[Row]:
@@ -186,9 +226,27 @@ NUMBERS: dict[str, tuple[str, Callable[[Asked], object]]] = {
 }
 STATED = {
     "zero_allow_untested_optimizer": "nothing: the one optimizer is tested with sharding",
-    "zero_force_ds_cpu_optimizer": "nothing: no optimizer runs on the CPU",
+    "zero_force_ds_cpu_optimizer": "nothing: AdamW runs on the CPU where it is offloaded",
     "steps_per_print": "nothing: --logging_steps says how often is logged",
     "wall_clock_breakdown": "nothing: the report always says where the time went",
+}
+OFFLOADS = ("offload_optimizer", "offload_param")
+BECAME = {
+    "optimizer": "masters and moments stay on the host, and AdamW runs there (--compute.offload)",
+    "parameters": "weights, gradients and all of AdamW stay on the host (FSDP2's CPUOffloadPolicy)",
+}
+BUFFERS = "nothing: pieces of one size travel, each way two at a time"
+OFFLOAD_KEYS = {
+    "pin_memory": "as it says (--compute.pin_memory)",
+    "ratio": "all of it",
+    "fast_init": "nothing: memory is taken once",
+    "buffer_count": BUFFERS,
+    "buffer_size": BUFFERS,
+    "max_in_cpu": "nothing: all of it is on the host",
+    "nvme_path": "nothing: no disk is used",
+    "pipeline": "nothing: copies are always made beside the arithmetic",
+    "pipeline_read": "nothing: no disk is used",
+    "pipeline_write": "nothing: no disk is used",
 }
 ZERO = dict.fromkeys(
     (

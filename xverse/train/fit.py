@@ -1,8 +1,10 @@
 """METHOD -> MEMORY. What each way of fine-tuning needs of a device, and on which cards it fits."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 
+from xverse.errors import XverseError
 from xverse.model.shape import ModelShape
 from xverse.quant.gradient import NUMBERS
 from xverse.train.options import Training
@@ -12,6 +14,11 @@ from xverse.train.tuning import Lora
 CARDS = (24, 48, 80)  # GB: what consumer cards, workstation cards and an H100 have
 ROOM = 0.94  # of a card's memory; the rest is the driver's and what allocation loses
 METHODS = ("full", "lora", "qlora int8", "qlora int4")
+OFFLOADED = {
+    "none": "",
+    "optimizer": ", optimizer offloaded",
+    "parameters": ", parameters offloaded",
+}
 
 
 def needs(
@@ -31,6 +38,8 @@ def needs(
     if method == "full":
         found = memory(shape, options, dtype=dtype, ranks=ranks)
         before = -(-size * shape.num_parameters // shards) if dpo else 0
+        if options.compute.offload == "parameters":
+            return replace(found, host=found.host + before)
         return replace(found, weights=found.weights + before)
     linear = shape.num_linear_parameters
     ends = size * (shape.num_parameters - linear)
@@ -85,8 +94,27 @@ def cards(found: Memory) -> dict[str, bool]:
 def plan(
     shape: ModelShape, options: Training, lora: Lora, *, dtype: str, ranks: int, dpo: bool
 ) -> Mapping[str, Memory]:
-    """What every method would need."""
+    """What every method would need, the full one also with what can be offloaded."""
     return {
-        method: needs(shape, options, method, lora, dtype=dtype, ranks=ranks, dpo=dpo)
-        for method in METHODS
+        method + OFFLOADED[told.compute.offload]: needs(
+            shape, told, method, lora, dtype=dtype, ranks=ranks, dpo=dpo
+        )
+        for method, told in _ways(options)
     }
+
+
+def _ways(options: Training) -> Iterator[tuple[str, Training]]:
+    """Methods, and the options that they would have."""
+    for told in offloads(options):
+        asked = told.compute.offload in ("none", options.compute.offload)
+        for method in METHODS if asked else ("full",):
+            if not (method.startswith("qlora") and told.compute.offload == "parameters"):
+                yield method, told
+
+
+def offloads(options: Training) -> Iterator[Training]:
+    """The options with all that can be offloaded: nothing, the optimizer, and parameters."""
+    plain = Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
+    for offload in OFFLOADED:
+        with contextlib.suppress(XverseError):  # an optimizer or a mesh that cannot be
+            yield replace(plain, compute=replace(options.compute, offload=offload))

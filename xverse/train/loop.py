@@ -21,6 +21,7 @@ from xverse.train.checkpoints import Checkpoints, Loaded
 from xverse.train.evaluate import Held, evaluate
 from xverse.train.journal import Journal, progress_line
 from xverse.train.objective import Objective
+from xverse.train.offload import Ferry
 from xverse.train.optimizer import Optimizer
 from xverse.train.options import Training
 from xverse.train.passes import passes_of
@@ -65,8 +66,14 @@ class Run:
         self.checkpoints, self.validation = checkpoints, validation or {}
         grid = grid_of(ranks, options.mesh)
         self.passes = passes_of(decoder, objective, grid, options)
-        self.layout = Layout(decoder.shape, grid)
-        self.optimizer = Optimizer(decoder, options.update, seed=options.seed, layout=self.layout)
+        compute = options.compute
+        self.layout = Layout(decoder.shape, grid, host=compute.offload != "none")
+        ferry = None
+        if compute.offload == "optimizer":
+            ferry = Ferry(ranks.device, pinned=compute.pin_memory)
+        self.optimizer = Optimizer(
+            decoder, options.update, seed=options.seed, layout=self.layout, ferry=ferry
+        )
         self.watchdog = Watchdog(options.watch)
         self.step = 0  # updates that were made
         self.tokens = 0  # that were learned from
@@ -137,9 +144,10 @@ class Run:
         """Gradients of a step, and what all ranks together say of it."""
         part, also = self.passes(step, learn=True)
         self.layout.add_partial(self.decoder)
-        told = torch.stack([part, self.optimizer.squares(), *also.values()]).tolist()
-        loss, squares, *rest = self.ranks.total(told)
-        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        squares = self.optimizer.squares().to(part.device)  # of gradients that may be on the host
+        told = torch.stack([part, squares, *also.values()]).tolist()
+        loss, square, *rest = self.ranks.total(told)
+        norm = math.sqrt(square) if square >= 0 else math.nan
         return Measured(loss, norm, dict(zip(also, rest, strict=True)))
 
     def _update(self, step: Step, found: Measured, began: float, waited: float) -> None:

@@ -164,8 +164,9 @@ def row_lengths(layer: Adapted, expert: int | None) -> Tensor:
     if not isinstance(base, QuantizedLinear):
         weight = cast(Tensor, base.weight if expert is None else cast(Tensor, base.weight)[expert])
         return torch.addmm(weight.float(), b_NR, a_RD, alpha=layer.scale).norm(dim=-1)
-    if base.order is not None:
-        a_RD = a_RD[:, base.order]
+    order = base.order_of(expert)
+    if order is not None:
+        a_RD = a_RD[:, order]
     parts = [
         torch.addmm(weight_ND.float(), b_NR[rows], a_RD, alpha=layer.scale).norm(dim=-1)
         for rows, weight_ND in gradient.rows_of(base, expert)

@@ -1,7 +1,8 @@
 """GRADIENTS -> BETTER WEIGHTS. AdamW, or Muon for the matrices; what they keep, and in which form.
 
 A weight that computes in bf16 has a master in fp32 beside it, or is rounded at random. Every rank
-holds the part of all this that it holds of the weight.
+holds the part of all this that it holds of the weight. With a ferry, what is kept is in the host's
+memory and is updated there (see offload).
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from xverse.kernels import dispatch, reference_train
 from xverse.kernels.reference_train import AdamW
 from xverse.model.decoder import Decoder
 from xverse.parallel.layout import Layout, copies, whole_weights
+from xverse.train.offload import Ferry, Load
 from xverse.train.options import Updating
 
 MOMENTUM = 0.95  # of Muon, with Nesterov's look ahead
@@ -26,7 +28,7 @@ class Slot:
 
     name: str
     parameter: nn.Parameter
-    weight: Tensor  # in fp32, or the parameter itself
+    weight: Tensor  # in fp32, or the parameter itself; with a ferry, in the host's memory
     first: Tensor
     second: Tensor | None  # none: Muon's
     decay: float
@@ -42,8 +44,10 @@ class Optimizer:
         *,
         seed: int = 0,
         layout: Layout | None = None,
+        ferry: Ferry | None = None,
     ) -> None:
-        self.options, self.seed, self.layout = options, seed, layout
+        """With a `ferry`, `layout` is one of tensors in the host's memory."""
+        self.options, self.seed, self.layout, self.ferry = options, seed, layout, ferry
         wanted = getattr(torch, options.moments)
         self.slots = [
             self._slot(name, parameter, wanted, options)
@@ -57,7 +61,7 @@ class Optimizer:
     ) -> Slot:
         matrix = parameter.dim() > 1 and not name.startswith(("model.embed_tokens", "lm_head"))
         muon = options.optimizer == "muon" and matrix and not name.endswith("router.weight")
-        plain = self.layout.view(name, parameter) if self.layout else parameter.detach()
+        plain = self._view(name, parameter)
         single = plain.dtype == torch.float32 or options.master == "none"
         return Slot(
             name,
@@ -69,6 +73,13 @@ class Optimizer:
             options.weight_decay if matrix or name.startswith("lm_head") else 0.0,
         )
 
+    def _view(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The weight where it is updated: the model's own, or with a ferry a copy on the host."""
+        memory = _local(parameter.detach())
+        if self.ferry is not None:
+            memory = memory.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return self.layout.view(name, parameter, memory) if self.layout else memory
+
     def squares(self) -> Tensor:
         """Sum of the squares of all gradients that this rank holds, fp32; a copy counts by its
         share, so that the ranks' sums add up."""
@@ -78,7 +89,7 @@ class Optimizer:
                 gradient = slot.parameter.grad
                 by_copies.setdefault(copies(slot.weight), []).append(_local(gradient))
         assert by_copies, "a backward pass comes before"
-        total = torch.zeros((), device=_local(self.slots[0].weight).device)
+        total = torch.zeros((), device=next(iter(by_copies.values()))[0].device)
         for number, gradients in by_copies.items():
             norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
             total += torch.stack(norms).square().sum() / number
@@ -91,29 +102,45 @@ class Optimizer:
     @torch.no_grad()
     def update(self, number: int, rate: float, scale: float) -> None:
         """Update `number`, counted from 0, with the gradients times `scale`; they are cleared."""
-        options = self.options
+        if self.ferry is not None:
+            self.ferry.carry(self._loads(number, rate, scale))
+            return
         for index, slot in enumerate(self.slots):
             if slot.parameter.grad is None:
                 continue
             if slot.second is None:
                 self._muon(slot, rate, scale)
             else:
-                seed = (self.seed * 7919 + number) * len(self.slots) * 4 + index * 4
-                rule = AdamW(
-                    rate=rate,
-                    beta1=options.beta1,
-                    beta2=options.beta2,
-                    epsilon=options.epsilon,
-                    decay=slot.decay,
-                    step=number + 1,
-                    scale=scale,
-                    seed=seed,
-                )
+                rule = self._rule(index, number, rate, scale)
                 weight, copy = _local(slot.weight), self._copy(slot)
                 call = dispatch.adamw(weight.device).call
                 gradient = _local(slot.parameter.grad)
                 call(weight, gradient, _local(slot.first), _local(slot.second), rule, copy)
             slot.parameter.grad = None
+
+    def _rule(self, index: int, number: int, rate: float, scale: float) -> AdamW:
+        """The numbers of update `number` for slot `index`."""
+        options = self.options
+        return AdamW(
+            rate=rate,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            epsilon=options.epsilon,
+            decay=self.slots[index].decay,
+            step=number + 1,
+            scale=scale,
+            seed=(self.seed * 7919 + number) * len(self.slots) * 4 + index * 4,
+        )
+
+    def _loads(self, number: int, rate: float, scale: float) -> Iterator[Load]:
+        """What the ferry carries; of each gradient nothing else holds on."""
+        for index, slot in enumerate(self.slots):
+            gradient, slot.parameter.grad = slot.parameter.grad, None
+            if gradient is None:
+                continue
+            assert slot.second is not None, "Muon is not offloaded"
+            parts = (gradient, slot.parameter.detach(), slot.weight, slot.first, slot.second)
+            yield Load(*map(_flat, parts), self._rule(index, number, rate, scale))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be kept of weights and optimizer, by name; views, not copies."""
@@ -154,15 +181,20 @@ class Optimizer:
         reference_train.muon(moved, direction, rate=rate, decay=slot.decay)
         weight.copy_(moved)
 
-    @staticmethod
-    def _copy(slot: Slot) -> Tensor | None:
+    def _copy(self, slot: Slot) -> Tensor | None:
         """The weight that the model computes with, where it is not the one that is updated."""
         plain = _local(slot.parameter.detach())
-        return None if plain.dtype == slot.weight.dtype else plain
+        return None if self.ferry is None and plain.dtype == slot.weight.dtype else plain
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    local = _local(tensor)
+    assert local.is_contiguous(), "pieces of it are pieces of memory"
+    return local.view(-1)
 
 
 def _direction(local: Tensor, like: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class Computing:
     """Factor of the loss that spreads tokens over experts; dense models have none."""
     reshard: bool = True
     """Give back gathered weights after a block, and gather them again for its backward pass."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What stays in the host's memory, and is updated there: masters and moments, or with
+    `parameters` the weights and their gradients too, which come to the device block by block."""
+    pin_memory: bool = True
+    """Lock memory of the host that is copied to or from a GPU: faster, and it cannot be swapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,25 @@ class Training:
                 raise _impossible(name, value, "it is a share, below 1 for a beta")
         if update.master == "none" and self.compute.dtype == "float32":
             raise _impossible("master", "none", "float32 weights are their own master; leave it")
+        self._require_offload()
+
+    def _require_offload(self) -> None:
+        offload = self.compute.offload
+        if offload == "none":
+            return
+        if self.update.optimizer != "adamw":
+            raise XverseError(
+                f"The optimizer {self.update.optimizer} cannot be offloaded.",
+                "Its update multiplies matrices, which at 7B takes a CPU minutes a step.",
+                "Take update.optimizer adamw, or leave compute.offload out.",
+            )
+        cut = [n for n in ("tensor", "pipeline", "context", "expert") if getattr(self.mesh, n) > 1]
+        if offload == "parameters" and cut:
+            raise XverseError(
+                f"Parameters cannot be offloaded over {cut[0]!r} of [mesh].",
+                "FSDP2 brings whole blocks to a device, and these axes have parts of them there.",
+                "Take data and shard alone, or compute.offload optimizer.",
+            )
 
     def fixed(self) -> dict[str, object]:
         """What must stay the same when a run goes on: it decides which numbers come out."""

@@ -45,7 +45,8 @@ def passes_of(decoder: Decoder, objective: Objective, grid: Grid, options: Train
     assert bool(stages) == (grid.size("pipeline") > 1), "the decoder is prepared for another grid"
     balance = options.compute.balance if decoder.shape.num_experts else 0.0
     if not stages:
-        return Whole(decoder, objective, grid, balance=balance)
+        every = options.compute.offload == "parameters"
+        return Whole(decoder, objective, grid, balance=balance, every=every)
     return Pipelined(
         decoder,
         objective,
@@ -58,21 +59,28 @@ def passes_of(decoder: Decoder, objective: Objective, grid: Grid, options: Train
 
 
 class Whole:
-    """Passes one after another through a decoder that this rank has all layers of."""
+    """Passes one after another through a decoder that this rank has all layers of; with `every`,
+    the gradients of each go where they are kept."""
 
     def __init__(
-        self, decoder: Decoder, objective: Objective, grid: Grid, *, balance: float
+        self,
+        decoder: Decoder,
+        objective: Objective,
+        grid: Grid,
+        *,
+        balance: float,
+        every: bool = False,
     ) -> None:
         self.decoder, self.objective, self.grid = decoder, objective, grid
-        self.balance = balance
+        self.balance, self.every = balance, every
 
     def __call__(self, step: Step, *, learn: bool) -> tuple[Tensor, dict[str, Tensor]]:
         parts = []
         for number, batch in enumerate(step.passes, start=1):
             if learn:
-                accumulate(self.decoder, last=number == len(step.passes))
+                accumulate(self.decoder, last=number == len(step.passes), every=self.every)
             own = own_batch(batch, self.grid)
-            weigh(self.decoder, self.balance * len(own.ids) / step.tokens)
+            weigh(self.decoder, self.balance * len(own.ids) / step.tokens, own.ids.device)
             part = self.objective(self.decoder, own, step.units)
             if learn:
                 part.loss.backward()
@@ -107,7 +115,8 @@ class Pipelined:
     def __call__(self, step: Step, *, learn: bool) -> tuple[Tensor, dict[str, Tensor]]:
         self._batches = [own_batch(batch, self.grid) for batch in step.passes]
         self._units, self._parts = step.units, {}
-        weigh(self.decoder, self.balance * len(self._batches[0].ids) / step.tokens)
+        first = self._batches[0].ids
+        weigh(self.decoder, self.balance * len(first) / step.tokens, first.device)
         dtype = self.decoder.dtype
         given = [
             Inputs(batch.positions, Packed(batch.documents, batch.ids.device, dtype))

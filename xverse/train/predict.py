@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from xverse.kernels.score import WIDE, chunk_rows
 from xverse.model.shape import ModelShape
 from xverse.train import flops
+from xverse.train.offload import PIECE, PLACES
 from xverse.train.options import Computing, Training
 
 ASSUMED_MFU = 0.5  # strict; what a plain compiled step reaches at 7B is 0.55 (H200)
@@ -16,7 +17,8 @@ class Memory:
     """Bytes on one device. `activations` are what the backward pass needs of one pass.
 
     Of the gradients of a single pass only those count that do not fit where activations were: each
-    block's come as its activations go.
+    block's come as its activations go. `host` are bytes of the host's memory, for each process:
+    what is offloaded, or else a checkpoint's copy of what is kept.
     """
 
     weights: int
@@ -26,10 +28,12 @@ class Memory:
     gathered: int  # whole weights of the units in use, where they are spread over devices
     activations: int
     working: int  # for a moment: logits and the head's gradient, or a block and its gradients
+    host: int
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """Of the device."""
+        return sum(asdict(self).values()) - self.host
 
 
 def memory(
@@ -55,8 +59,10 @@ def memory(
     if options.update.optimizer == "muon":
         matrices = shape.num_linear_parameters / shape.num_parameters
         moments = round(4 * matrices + moments * (1 - matrices))
+    offload = options.compute.offload
+    away = offload == "parameters"
     gathered = 0
-    if shards > 1 and learned is None:  # the schedule of a pipeline gathers whole stages
+    if (shards > 1 and learned is None) or away:  # a pipeline's schedule gathers whole stages
         units = shape.num_parameters // mesh.pipeline
         gathered = size * (units if mesh.pipeline > 1 else _largest_units(shape, options))
     tokens = options.rows_per_pass * options.row_tokens // mesh.context
@@ -67,16 +73,26 @@ def memory(
         _block(shape, options.compute, tokens // mesh.tensor, size, mesh.tensor),
     )
     gradients = size * held
-    if options.rows_per_step <= mesh.readers * options.rows_per_pass:
+    if away:  # they leave unit by unit; the last one's are there with what they are summed in
+        ends = tables(shape) if learned is None else 0
+        gradients = max(0, (size + (2 * size if shards == 1 else 8)) * ends - kept - working)
+    elif options.rows_per_step <= mesh.readers * options.rows_per_pass:
         gradients = max(0, gradients - kept - working)
+    masters = 0 if single else 4 * held
+    host = (masters or size * held) + moments * held
+    if offload == "optimizer":
+        host += 2 * PLACES * SIZES["float32"] * PIECE
+    elif away:
+        host += (size * held if masters else 0) + frozen + size * held  # and gradients
     return Memory(
-        weights=size * held + frozen,
-        masters=0 if single else 4 * held,
-        moments=moments * held,
+        weights=0 if away else size * held + frozen,
+        masters=masters if offload == "none" else 0,
+        moments=moments * held if offload == "none" else 0,
         gradients=gradients,
         gathered=gathered // mesh.tensor,
         activations=kept,
         working=working,
+        host=host,
     )
 
 
@@ -139,5 +155,10 @@ def _largest_units(shape: ModelShape, options: Training) -> int:
     way; or all of them, if they are not given back."""
     if not options.compute.reshard:
         return shape.num_parameters
-    tables = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return tables + 2 * (shape.num_parameters - tables) // shape.num_hidden_layers
+    ends = tables(shape)
+    return ends + 2 * (shape.num_parameters - ends) // shape.num_hidden_layers
+
+
+def tables(shape: ModelShape) -> int:
+    """Parameters of embedding and head."""
+    return shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)

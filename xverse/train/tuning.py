@@ -83,6 +83,12 @@ class FineTuning(Training):
                 "The layers they stand on, or the pairs they compare, would be in parts.",
                 "Take data and shard alone, or --method full.",
             )
+        if self.compute.offload == "parameters" and self.weights == "qlora":
+            raise XverseError(
+                "The integers of qlora cannot be offloaded.",
+                "FSDP2 brings weights with a gradient to the device, and integers have none.",
+                "Take --method lora, or compute.offload optimizer.",
+            )
 
     def fixed(self) -> dict[str, object]:
         """As `Training.fixed`."""

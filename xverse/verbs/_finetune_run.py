@@ -73,7 +73,7 @@ class FineTuningRun:
         }
         integers = f" {config.integers}" if config.weights == "qlora" else ""
         return {
-            "method": config.weights + integers,
+            "method": config.weights + integers + fit.OFFLOADED[config.compute.offload],
             "steps": self.steps,
             "data": {
                 "rows_read": len(self.learn),

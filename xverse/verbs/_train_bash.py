@@ -249,6 +249,8 @@ def config_of(asked: argparse.Namespace, mapped: Mapped | None, ranks: int) -> C
             dtype="bfloat16" if asked.bf16 else "float32",
             recompute="full" if asked.gradient_checkpointing else "none",
             reshard=mapped is None or mapped.reshard,
+            offload="none" if mapped is None else mapped.offload,
+            pin_memory=mapped is None or mapped.pinned,
         ),
         keep=_keeping(asked),
         watch=Watching(spike=0.0),

@@ -48,7 +48,10 @@ class TrainingRun:
             with (folder / "options.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         randomness.seed_all(options.seed, ranks.rank)
-        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=options.keep.keep)
+        copies = options.compute.offload == "none"
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", ranks, keep=options.keep.keep, copies=copies
+        )
         self.loop: Run | None = None
 
     def train(

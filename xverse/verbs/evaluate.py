@@ -71,10 +71,12 @@ def run(config: Config) -> int:
         return _curve(config)
     if config.contamination is not None:
         return _contamination(config, Path(config.contamination).expanduser())
-    return _evaluate(config)
+    _show(config, report_of(config))
+    return 0
 
 
-def _evaluate(config: Config) -> int:
+def report_of(config: Config) -> "Report":
+    """Ask the model the tasks; the report lies in a folder, too."""
     from xverse.evals.evaluate import evaluate, open_door
     from xverse.evals.tasks import tasks_of
 
@@ -88,21 +90,17 @@ def _evaluate(config: Config) -> int:
         from xverse.evals.endpoint import EndpointDoor
 
         _require_no_model_options(config)
-        report = evaluate(
-            EndpointDoor(config.endpoint, config.model, chat=config.chat), **_asked(config)
-        )
-    elif config.model is None:
+        chat = config.chat or all(task.kind == "dialogue" for task in tasks)
+        return evaluate(EndpointDoor(config.endpoint, config.model, chat=chat), **_asked(config))
+    if config.model is None:
         raise XverseError(
             "No model is named.",
-            "It is the first word after `xverse evaluate`.",
+            "It is the first word after the verb.",
             "Give a folder, a GGUF file, an alias or a hub id; or --endpoint.",
         )
-    else:
-        fields = [field.name for field in dataclasses.fields(ModelOptions)]
-        how = {name: getattr(config, name) for name in fields}
-        report = evaluate(open_door(config.model, **how), **_asked(config))
-    _show(config, report)
-    return 0
+    fields = [field.name for field in dataclasses.fields(ModelOptions)]
+    how = {name: getattr(config, name) for name in fields}
+    return evaluate(open_door(config.model, **how), **_asked(config))
 
 
 def _asked(config: Config) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def tune(config: Config, listener: Callable[[int, float], "Listener"] | None = N
 
     began = time.time()
     with Stop() as stop:
-        ranks = Ranks.start(config.device)
+        ranks = Ranks.start(config.device, grouped=config.compute.offload == "parameters")
         try:
             log.setup("WARNING", ranks.rank)
             from xverse.verbs._finetune_run import FineTuningRun
@@ -210,11 +210,12 @@ def _print_plan(config: Config, plan: dict[str, object], steps: int) -> None:
     print(f"run     {steps:,} steps: {config.epochs:g} epochs of {data['rows_read']:,}", file=out)
     free = plan["memory_free_bytes"]
     assert isinstance(free, int)
-    print(f"memory  GB on each device; {free / 1e9:.1f} are free on this one", file=out)
+    print(f"memory  GB on each device, of which {free / 1e9:.1f} are free here, and host", file=out)
     shown = memory if config.dry_run else {plan["method"]: memory[plan["method"]]}
     for method, found in shown.items():
         fits = [f"{card} {'yes' if fits else 'no'}" for card, fits in found["fits"].items()]
-        print(f"        {method:<11} {found['total'] / 1e9:8.2f}   {'  '.join(fits)}", file=out)
+        sizes = f"{found['total'] / 1e9:8.2f} {found['host'] / 1e9:8.2f}"
+        print(f"        {method:<26} {sizes}   {'  '.join(fits)}", file=out)
     if config.dry_run:
         print("next: the same without --dry-run", file=sys.stderr)
 

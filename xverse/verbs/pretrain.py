@@ -59,7 +59,7 @@ def run(config: Config) -> int:
 
     began = time.time()
     with Stop() as stop:
-        ranks = Ranks.start(config.device)
+        ranks = Ranks.start(config.device, grouped=config.compute.offload == "parameters")
         try:
             log.setup("WARNING", ranks.rank)
             if config.dry_run:
@@ -78,7 +78,7 @@ def run(config: Config) -> int:
 def _dry_run(config: Config, ranks: "Ranks") -> int:
     from xverse.data.shards import Shards
     from xverse.device import free_memory
-    from xverse.train import flops, predict
+    from xverse.train import fit, flops, predict
     from xverse.train.build import dtype_of
     from xverse.verbs._pretrain_run import shape_of
 
@@ -86,6 +86,11 @@ def _dry_run(config: Config, ranks: "Ranks") -> int:
     shape = shape_of(config, shards.vocab_size)
     dtype = str(dtype_of(config.compute, ranks)).removeprefix("torch.")
     memory = predict.memory(shape, config, dtype=dtype, ranks=ranks.size)
+    offloaded: dict[str, object] = {}
+    for told in fit.offloads(config):
+        found = predict.memory(shape, told, dtype=dtype, ranks=ranks.size)
+        facts_of = {"total": found.total, "host": found.host, "fits": fit.cards(found)}
+        offloaded[told.compute.offload] = facts_of
     peak = flops.peak(ranks.device)
     tokens = config.steps * config.rows_per_step * config.row_tokens
     facts: dict[str, object] = {
@@ -96,6 +101,7 @@ def _dry_run(config: Config, ranks: "Ranks") -> int:
         "flops_per_token": flops.strict(shape, config.row_tokens),
         "flops_per_token_palm": flops.palm(shape, config.row_tokens),
         "memory_bytes": dataclasses.asdict(memory) | {"total": memory.total},
+        "offload": offloaded,
         "memory_free_bytes": free_memory(ranks.device),
         "seconds": predict.seconds(shape, config, peak=peak, ranks=ranks.size),
         "shape": shape.to_config(),
@@ -119,11 +125,19 @@ def _print_plan(config: Config, facts: dict[str, object]) -> None:
     )
     print(f"            {facts['flops_per_token_palm']:,} by PaLM's formula")
     print("memory      GiB on each device")
-    for part, size in memory.items():
-        print(f"            {part:<12} {size / 2**30:9.3f}")
     free = facts["memory_free_bytes"]
-    assert isinstance(free, int)
-    print(f"            {'free here':<12} {free / 2**30:9.3f}")
+    told = {part: size for part, size in memory.items() if part != "host"} | {"free here": free}
+    for part, size in told.items():
+        print(f"            {part:<12} {size / 2**30:9.3f}")
+    print("offload     GiB on each device, and of its host's memory")
+    offloaded = facts["offload"]
+    assert isinstance(offloaded, dict)
+    for name, found in offloaded.items():
+        sizes = f"{found['total'] / 2**30:9.3f} {found['host'] / 2**30:9.3f}"
+        fits = "  ".join(
+            f"{card} {'yes' if fits else 'no'}" for card, fits in found["fits"].items()
+        )
+        print(f"            {name:<12} {sizes}   {fits}")
     seconds = facts["seconds"]
     if isinstance(seconds, float):
         print(f"time        {seconds / 3600:.1f} h at half of the device's peak")

@@ -72,6 +72,10 @@ class Config(ModelOptions):
     """Adapters loaded at once; by default those given, and 8 with --adapters-dir."""
     adapter_mb: int = 1024
     """Memory for all adapters together, in MiB."""
+    adapter_slots: int | None = None
+    """Adapters in captured steps at once, on a GPU; by default max-adapters + 1, at most 8."""
+    adapter_rank: int = 32
+    """The largest rank of those; memory is taken for it at the start."""
     drain_seconds: float = 30.0
     """After SIGTERM, how long answers may go on that have begun."""
     guide_api: bool = False
@@ -115,6 +119,8 @@ class Config(ModelOptions):
                 adapters=given,
                 max_adapters=least if self.max_adapters is None else self.max_adapters,
                 adapter_bytes=self.adapter_mb * 2**20,
+                adapter_slots=self.adapter_slots,
+                adapter_rank=self.adapter_rank,
             ),
             name=self.served_model_name or title_of(model),
             host=self.host,

@@ -25,6 +25,8 @@ class Config:
     """Tokens of context to reckon memory for; the model's own length where none is given."""
     device: str = "auto"
     """Where it would run; only its memory is looked at."""
+    verify: bool = False
+    """Read every file that the folder's manifest.json lists, and compare it with its SHA-256."""
     json: bool = False
     """Print one JSON object."""
 
@@ -32,6 +34,8 @@ class Config:
 def run(config: Config) -> int:
     """Print shape, parameters and the memory plan."""
     shape, title, path = _shape(config.model)
+    if config.verify:
+        _verify(path)
     context = config.context or shape.context_length
     facts: dict[str, object] = {
         "model": title,
@@ -46,6 +50,8 @@ def run(config: Config) -> int:
     report = _report(path)
     if report is not None:
         facts["quantization"] = report.to_json()
+    if config.verify:
+        facts["verified"] = True
     if config.json:
         print(json.dumps(facts, ensure_ascii=False))
         return 0
@@ -54,6 +60,8 @@ def run(config: Config) -> int:
         print(
             "\n" + "".join(c if c.isprintable() or c == "\n" else "?" for c in report.to_markdown())
         )
+    if config.verify:
+        print("\nEvery file is as manifest.json has it.")
     return 0
 
 
@@ -88,6 +96,27 @@ def _shape(model: str) -> tuple["ModelShape", str, str | None]:
         return published, f"{model} (published shape)", None
     path = resolve(model)
     return open_checkpoint(path).shape, title_of(model), str(path)
+
+
+def _verify(path: str | None) -> None:
+    """XverseError where a file is missing, or is another than the manifest says."""
+    from xverse.checkpoint.folder import MANIFEST, verify_manifest
+    from xverse.errors import XverseError
+    from xverse.files import is_there
+
+    if path is None or not is_there(Path(path) / MANIFEST):
+        raise XverseError(
+            f"{path or 'A published shape'} has no {MANIFEST}.",
+            "It lists the SHA-256 of every file; what XVERSE writes has one.",
+            "Leave --verify out, or make such a folder: xverse export MODEL OUT.",
+        )
+    if wrong := verify_manifest(Path(path)):
+        names = ", ".join(repr(name) for name in wrong[:5]) + ", ..." * (len(wrong) > 5)
+        raise XverseError(
+            f"{len(wrong)} of the files in {path} are not those that were written: {names}.",
+            f"Their size or SHA-256 differs from {MANIFEST}, or they are missing.",
+            "Get or make the folder again; if the change was meant, the manifest is out of date.",
+        )
 
 
 def _report(path: str | None) -> "Report | None":

@@ -21,7 +21,7 @@ PUBLISHED = (
     "gsm8k",
     "humaneval",
 )
-_FILES = ("exams", "mixed_exams", "sentences", "reading", "writing", "long", "texts")
+_FILES = ("exams", "mixed_exams", "sentences", "reading", "writing", "long", "texts", "examples")
 GROUPS = {"published": PUBLISHED}
 
 
