@@ -161,7 +161,7 @@ def theirs(
 
 
 def _config(shape: ModelShape) -> Any:
-    """The same shape in transformers' words."""
+    """The same shape in transformers' words; its attention is SDPA where nothing is said."""
     from transformers import LlamaConfig
 
     assert shape.rope_theta == 10_000.0, "which is transformers' own"
@@ -176,7 +176,6 @@ def _config(shape: ModelShape) -> Any:
         rms_norm_eps=shape.rms_norm_eps,
         tie_word_embeddings=shape.tie_word_embeddings,
         use_cache=False,
-        attn_implementation="sdpa",
     )
 
 
