@@ -237,7 +237,7 @@ def test_what_only_sounds_like_a_refusal(answer: str) -> None:
         ("", False),
     ],
 )
-def test_programs_that_compile(answer: str, passed: bool) -> None:
+def test_programs_that_are_valid(answer: str, passed: bool) -> None:
     found = CHECKS["python"](answer, defines="renumber")
     assert found.passed is passed, found.reason
 

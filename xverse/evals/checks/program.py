@@ -1,4 +1,4 @@
-"""ANSWER -> JUDGEMENT. Whether a program compiles. It is never run."""
+"""ANSWER -> JUDGEMENT. Whether a program is valid Python. It is never run."""
 
 import ast
 import re
@@ -6,13 +6,13 @@ import warnings
 
 from xverse.evals.item import Judgement
 
-MAX_LINES = 200  # of code without marks, whose end is looked for by compiling
+MAX_LINES = 200  # of code without marks, whose end is looked for by parsing
 _BLOCK = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)(?:^ *```|\Z)", re.S | re.M)
 _START = re.compile(r"(?:import|from|def|class|async def)\s|@\w")
 
 
 def python(answer: str, defines: str) -> Judgement:
-    """A block of the answer, or without blocks its first lines of code, compiles as Python and
+    """A block of the answer, or without blocks its first lines of code, is valid Python and
     defines the function `defines`, with something in it."""
     blocks = [body for tag, body in _BLOCK.findall(answer) if tag.lower() in ("", "python", "py")]
     wanted = re.compile(rf"def\s+{re.escape(defines)}\b")
@@ -22,10 +22,10 @@ def python(answer: str, defines: str) -> Judgement:
     if program is None or not wanted.search(program):
         return Judgement(False, f"has no Python that defines {defines}")
     if (wrong := _error(program)) is not None:
-        return Judgement(False, f"has Python that does not compile: {wrong}")
+        return Judgement(False, f"has Python that is not valid: {wrong}")
     if not _does_something(program, defines):
         return Judgement(False, f"does not define {defines} with anything in it")
-    return Judgement(True, f"compiles and defines {defines}")
+    return Judgement(True, f"is valid Python and defines {defines}")
 
 
 def _bare(answer: str) -> str | None:
@@ -38,16 +38,16 @@ def _bare(answer: str) -> str | None:
     lines = lines[start : start + MAX_LINES]
     ends = [n for n in range(1, len(lines)) if lines[n][:1].strip()] + [len(lines)]
     programs = ("\n".join(lines[:end]) for end in reversed(ends))
-    # The longest that compiles; where none does, the first piece tells why.
+    # The longest that is valid; where none does, the first piece tells why.
     return next((each for each in programs if _error(each) is None), "\n".join(lines[: ends[-1]]))
 
 
 def _error(program: str) -> str | None:
-    """Why it does not compile, None where it does. Hostile nesting ends in an error, too."""
+    """Why it is no valid Python, None where it is. Hostile nesting ends in an error, too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(program, "<answer>", "exec", dont_inherit=True)
+            ast.parse(program)
     except SyntaxError as error:
         return f"{error.msg}, line {error.lineno}"
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:
