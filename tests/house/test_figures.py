@@ -16,7 +16,7 @@ NOT_ON_THE_PAGE = {
 def test_every_figure_has_its_file() -> None:
     page = (ROOT / "docs" / "figures.md").read_text("utf-8")
     rows = [row for row in page.splitlines() if row.startswith("| ")]
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])}
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.rsplit("|", 2)[1])}
     kept = {file.stem for file in (ROOT / "bench" / "results").glob("*.json")}
     assert kept - named == NOT_ON_THE_PAGE
     assert named <= kept
