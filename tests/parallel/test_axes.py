@@ -37,7 +37,7 @@ def grid(rank: int = 0, **axes: int) -> Grid:
     for number in axes.values():
         size *= number
     size //= axes.get("interleave", 1)
-    ranks = SimpleNamespace(rank=rank, size=size, device=ALONE.device)
+    ranks = SimpleNamespace(rank=rank, size=size, device=ALONE.device, grouped=True)
     return QuietGrid(cast(Ranks, ranks), Axes(**axes))
 
 
