@@ -74,7 +74,7 @@ def test_logits_over_512_tokens_of_real_text(llm: LLM, theirs: torch.nn.Module) 
 
 
 def test_greedy_text_of_20_prompts(llm: LLM, theirs: torch.nn.Module) -> None:
-    greedy = Sampling(temperature=0.0, max_tokens=16, ignore_eos=True)
+    greedy = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
     answers = llm.generate(PROMPTS, greedy)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([llm.tokenizer.encode(prompt)])
@@ -82,7 +82,7 @@ def test_greedy_text_of_20_prompts(llm: LLM, theirs: torch.nn.Module) -> None:
             expected = theirs.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=16,
+                max_new_tokens=8,
                 do_sample=False,
                 pad_token_id=0,
             )[0, ids.shape[1] :].tolist()
