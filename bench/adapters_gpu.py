@@ -29,6 +29,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from bench.quant_gpu import TINY
 from bench.record import record
 from tests.checkpoint.adapters import random_adapter
 from xverse.checkpoint.adapter import Adapter
@@ -54,17 +55,6 @@ from xverse.quant.scheme import Scheme
 
 SECTIONS = ("check", "answers", "layers", "decode", "swaps", "frozen")
 RANK, MOST = 16, 8
-TINY = ModelShape(
-    model_type="xverse",
-    vocab_size=300,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=512,
-)
 SMALL = replace(
     TINY, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=4,

@@ -124,8 +124,11 @@ def theirs(
     """A loop as a careful user writes it; `apart`: documents do not see each other."""
     from transformers import LlamaForCausalLM
 
+    from xverse.verbs._peer_transformers import llama_config
+
     device = ranks.device
-    model = LlamaForCausalLM(_config(shape)).float()
+    model = LlamaForCausalLM(llama_config(shape)).float()
+    model.config.use_cache = False
     model.load_state_dict(weights)
     model.to(device).train()
     optimizer = _optimizer(model, options, device)
@@ -158,25 +161,6 @@ def theirs(
         tokens += step.tokens
     data.close()
     return _figures(losses, times, tokens)
-
-
-def _config(shape: ModelShape) -> Any:
-    """The same shape in transformers' words; its attention is SDPA where nothing is said."""
-    from transformers import LlamaConfig
-
-    assert shape.rope_theta == 10_000.0, "which is transformers' own"
-    return LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        max_position_embeddings=shape.max_position_embeddings,
-        rms_norm_eps=shape.rms_norm_eps,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        use_cache=False,
-    )
 
 
 def _optimizer(model: nn.Module, options: Training, device: torch.device) -> torch.optim.Optimizer:

@@ -101,7 +101,9 @@ class DeviceRunner:
             hidden_RD = self._prompts_hidden(others)
             flight.labels = score(self.decoder, self.kv, others, hidden_RD)
             if rows := choosing_rows(others):
-                found.append(self.decoder.logits(hidden_RD[self._upload(rows)]))
+                if len(rows) < len(hidden_RD):  # else they are the ones that are read
+                    hidden_RD = hidden_RD[self._upload(rows)]
+                found.append(self.decoder.logits(hidden_RD))
         if decoding:
             found.append(self.steps(self._inputs(decoding), len(decoding)))
         if not found:
@@ -118,12 +120,11 @@ class DeviceRunner:
     def _prompts_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Hidden states [R, D] of the rows that are read."""
         prompts, owners, read = self._prompts(chunks), owners_of(chunks), reading_rows(chunks)
-        rows_R = self._upload(read)
         if owners:  # which say of every row in every layer whose it is
             with decoder_for(self.decoder, self.adapters, owners) as decoder:
-                return self.prompts(prompts, decoder)[rows_R]
+                return self.prompts(prompts, decoder)[self._upload(read)]
         if len(read) < len(prompts.ids_T):
-            prompts = replace(prompts, rows_R=rows_R)
+            prompts = replace(prompts, rows_R=self._upload(read))
         return self.prompts(prompts, self.decoder)
 
     def prepare(self) -> None:

@@ -105,11 +105,16 @@ class _Rows(BaseStreamer):
         """The count of tokens tells the end."""
 
 
+def llama_config(shape: ModelShape) -> LlamaConfig:
+    """A dense shape in transformers' words, without special ids: else a 2 among random ones would
+    end an answer."""
+    fields: dict[str, Any] = {**shape.to_config(), "model_type": "llama"}
+    return LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
 def llama_of(shape: ModelShape, decoder: Decoder) -> LlamaForCausalLM:
     """transformers' Llama with the weights of a dense decoder of ours, fused or not; no copy."""
-    fields: dict[str, Any] = {**shape.to_config(), "model_type": "llama"}
-    # Else a 2 among random ids would end an answer.
-    config = LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = llama_config(shape)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     parameters = {
